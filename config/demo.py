@@ -1,0 +1,17 @@
+out_dir = "out/demo"
+data_dir = "data/demo"
+vocab_size = 4096
+dim = 256
+n_layers = 4
+n_heads = 4
+hidden_dim = 704
+context = 256
+batch_size = 16
+micro_batch_size = 16
+max_steps = 60
+learning_rate = 1e-3
+warmup_steps = 10
+dtype = "float32"
+log_every = 10
+eval_every = 30
+eval_batches = 8

@@ -1,0 +1,222 @@
+"""A Llama, written by hand: RMSNorm, rotary embedding, causal attention, SwiGLU, untied head.
+
+Read top to bottom: the leaves first, then a block, then the model. Parameter names are those of the Hugging Face
+LlamaForCausalLM (which puts "model." before all but lm_head), so converting a checkpoint is a rename.
+
+Shapes:  B batch   T time (tokens of a window)   S keys attended to (T, or the length of the cache)
+         D dim (width)   H heads   K width of a head, D / H   F hidden_dim   V vocab_size
+
+Precision: parameters are float32. The caller chooses the precision of the matrix products with torch.autocast;
+norms, softmax, rotation and loss are computed in float32 whatever it chooses.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int = 32_000  # token ids are 0 .. vocab_size - 1
+    dim: int = 768  # width of the residual stream
+    n_layers: int = 12  # number of blocks
+    n_heads: int = 12  # attention heads; divides dim
+    hidden_dim: int = 2_048  # width inside the SwiGLU
+    context: int = 1_024  # tokens in a window; the longest the model can read
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    attention: str = "math"  # math: explicit scores, runs everywhere | flash: Pallas kernel, TPU only
+
+    def __post_init__(self):
+        if self.dim % self.n_heads:
+            raise ValueError(f"n_heads={self.n_heads} does not divide dim={self.dim}")
+        if (self.dim // self.n_heads) % 2:
+            raise ValueError(f"dim / n_heads = {self.dim // self.n_heads} is odd; the rotary embedding turns pairs")
+
+
+def num_parameters(config):
+    """Parameters of Llama(config), as (all, in_matmuls). The embedding is looked up and norms multiply elementwise:
+    neither is a matrix product. For the reference shape: (134_105_856, 109_510_656)."""
+    D, F_, V = config.dim, config.hidden_dim, config.vocab_size
+    in_matmuls = config.n_layers * (4 * D * D + 3 * D * F_) + V * D  # q k v o, gate up down; the head
+    norms = config.n_layers * 2 * D + D
+    return V * D + in_matmuls + norms, in_matmuls
+
+
+def flops_per_token(config):
+    """Floating-point operations of forward + backward per trained token, counted as in the PaLM paper (appendix B):
+    6 per matmul parameter, and 12 * T * D per layer for the scores and their product with the values, all T x T of
+    them (the causal half that a kernel may skip is counted too)."""
+    return 6 * num_parameters(config)[1] + 12 * config.n_layers * config.context * config.dim
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def rotary_tables(config):
+    """cos and sin, [T, K] each, of the angle position * theta^(-2i/K); the K/2 angles are repeated, because
+    dimension i turns together with dimension i + K/2 (the convention of the Hugging Face weights)."""
+    K = config.dim // config.n_heads
+    inverse_wavelength = config.rope_theta ** (-torch.arange(0, K, 2, dtype=torch.float32) / K)  # [K/2]
+    angles = torch.outer(torch.arange(config.context, dtype=torch.float32), inverse_wavelength)  # [T, K/2]
+    angles = torch.cat((angles, angles), dim=-1)  # [T, K]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns each pair (x[i], x[i + K/2]) of x [B, H, T, K] by its position's angle (https://arxiv.org/abs/2104.09864)."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)  # a quarter turn of every pair
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def math_attention(q, k, v, mask):
+    """softmax(q k^T / sqrt(K)) v with every score in the open. q [B, H, T, K], k and v [B, H, S, K],
+    mask [T, S] true where a query may look -> [B, H, T, K]."""
+    scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1))  # [B, H, T, S]
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return weights.to(v.dtype) @ v  # [B, H, T, K]
+
+
+def flash_attention(q, k, v):
+    """The same in tiles, by torch_xla's Pallas kernel: the [T, S] scores never reach the TPU's main memory."""
+    if q.device.type != "xla":
+        raise RuntimeError(f'attention="flash" is a TPU kernel and the model is on "{q.device}"; use attention="math"')
+    from torch_xla.experimental.custom_kernel import flash_attention as kernel
+
+    return kernel(q, k, v, causal=True, sm_scale=1 / math.sqrt(q.size(-1)))  # the kernel's default scale is 1.0
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.flash = config.attention == "flash"
+        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x, cos, sin, mask, remember):
+        B, T, D = x.shape
+        q, k, v = (proj(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # [B, H, T, K]
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if remember is not None:
+            k, v = remember(k, v)  # [B, H, S, K]: these keys and values, behind all earlier ones
+        if self.flash and remember is None:
+            y = flash_attention(q, k, v)
+        else:
+            y = math_attention(q, k, v, mask)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, D))  # heads side by side again: [B, T, D]
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, F] inside
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x, cos, sin, mask, remember):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, remember)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for generating one token at a time.
+
+    Shapes never change and the position is a tensor, so XLA compiles one graph per number of new tokens, not one per
+    position. Slots from `position` on hold stale values, which no query sees before they are overwritten: a prompt
+    may be padded and `position` set back to its true length.
+    """
+
+    def __init__(self, config, batch_size, device, dtype=torch.float32):
+        shape = (batch_size, config.n_heads, config.context, config.dim // config.n_heads)  # [B, H, S, K]
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.position = torch.zeros((), device=device, dtype=torch.long)  # where the next token goes
+
+    def remember(self, layer, positions):
+        """A function that stores k, v [B, H, T, K] of `layer` at `positions` [T] and returns all, [B, H, S, K]."""
+        def store(k, v):
+            self.keys[layer].index_copy_(2, positions, k.to(self.keys[layer].dtype))
+            self.values[layer].index_copy_(2, positions, v.to(self.values[layer].dtype))
+            return self.keys[layer].to(k.dtype), self.values[layer].to(v.dtype)
+        return store
+
+
+class Llama(nn.Module):
+    """Llama(config, seed): weights normal with deviation 0.02, norms 1, drawn on the CPU from a generator of their own,
+    so that every core of every run starts from the same weights (torch.manual_seed does not reach an XLA device)."""
+
+    def __init__(self, config, seed=0):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        cos, sin = rotary_tables(config)
+        self.register_buffer("cos", cos, persistent=False)  # [T, K]
+        self.register_buffer("sin", sin, persistent=False)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+
+    def forward(self, tokens, targets=None, cache=None):
+        """tokens [B, T], integers below vocab_size.
+
+        Training and evaluation: with targets [B, T], returns the mean cross-entropy in nats, a float32 scalar.
+        Otherwise returns logits [B, T, V]; with a cache, tokens continue what the cache holds and are added to it.
+        XLA clamps an id that is out of range instead of raising: whoever reads the data has to check it.
+        """
+        T = tokens.size(1)
+        if cache is None:
+            positions = torch.arange(T, device=tokens.device)  # [T]
+            key_positions = positions  # S = T
+            cos, sin = self.cos[:T], self.sin[:T]  # [T, K]
+        else:
+            positions = cache.position + torch.arange(T, device=tokens.device)
+            key_positions = torch.arange(self.config.context, device=tokens.device)  # S = the cache's length
+            cos, sin = self.cos[positions], self.sin[positions]
+        mask = key_positions <= positions[:, None]  # [T, S]: a query sees itself and what came before
+
+        x = self.embed_tokens(tokens)  # [B, T, D]
+        for i, block in enumerate(self.layers):
+            remember = None if cache is None else cache.remember(i, positions)
+            x = block(x, cos, sin, mask, remember)
+        logits = self.lm_head(self.norm(x))  # [B, T, V]
+
+        if cache is not None:
+            cache.position = cache.position + T
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().long())  # over B * T predictions
