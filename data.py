@@ -16,6 +16,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -155,33 +156,46 @@ class Tokens:
             if len(shard) <= context:
                 raise UserError(f"{path} holds {len(shard):,} tokens; a window of context={context} needs "
                                 f"{context + 1:,} (the last is only predicted)")
+            shard.base.madvise(mmap.MADV_RANDOM)  # or a touched page brings 31 others along, for nothing
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.num_tokens = int(self.ends[-1])
         self.num_windows = self.num_tokens // context
+
+    def locate(self, position):
+        """A position on the ring as (index of the shard, offset in it)."""
+        i = int(np.searchsorted(self.ends, position, side="right"))
+        return i, int(position - self.ends[i]) + len(self.shards[i])
 
     def read(self, starts):
         """starts [n], token positions on the ring -> int32 [n, context + 1]. (XLA has no use for uint16.)"""
         windows = np.empty((len(starts), self.context + 1), np.int32)
         for window, start in zip(windows, starts):
-            i = int(np.searchsorted(self.ends, start, side="right"))
-            offset = int(start - self.ends[i])  # from the shard's end, so negative
-            piece = self.shards[i][offset:][:len(window)]
+            i, offset = self.locate(start)
+            piece = self.shards[i][offset:offset + len(window)]
             window[:len(piece)] = piece
             if len(piece) < len(window):  # the ring goes on with the next shard
                 window[len(piece):] = self.shards[(i + 1) % len(self.shards)][:len(window) - len(piece)]
         if windows.max() >= self.vocab_size:  # XLA would silently clamp it to the last row of the embedding
             row, column = np.argwhere(windows >= self.vocab_size)[0]
-            position = int(starts[row] + column) % self.num_tokens
-            i = int(np.searchsorted(self.ends, position, side="right"))
-            offset = position - int(self.ends[i]) + len(self.shards[i])
+            i, offset = self.locate((starts[row] + column) % self.num_tokens)
             raise out_of_vocabulary(self.paths[i], offset, windows[row, column], self.vocab_size)
         return windows
+
+    def prefetch(self, starts):
+        """Has the operating system fetch the windows at starts [n] from the disk, and does not wait for it."""
+        for start in starts:
+            i, offset = self.locate(start)
+            first = offset * TOKEN.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+            last = min((offset + self.context + 1) * TOKEN.itemsize, self.shards[i].nbytes)
+            self.shards[i].base.madvise(mmap.MADV_WILLNEED, first, last - first)
 
     def train_batch(self, step, batch_size, seed, rank, world_size):
         """Core `rank`'s share of the batch of `step`: int32 [batch_size / world_size, context + 1]."""
         share = batch_size // world_size
-        first = step * batch_size + rank * share
-        return self.read(window_starts(np.arange(first, first + share), self.num_tokens, self.context, seed))
+        this, following = (window_starts(np.arange(share) + s * batch_size + rank * share, self.num_tokens, self.context, seed)
+                           for s in (step, step + 1))
+        self.prefetch(following)
+        return self.read(this)
 
     def fixed_windows(self, count):
         """Starts [count] of windows spread evenly over the shards, always the same ones: for validation."""

@@ -24,6 +24,7 @@ import json
 import math
 import re
 import tempfile
+import threading
 import time
 import traceback
 from concurrent.futures.process import BrokenProcessPool
@@ -371,6 +372,7 @@ def check_data(config):
 def guarded_worker(index, config, checkpoint, failure):
     """Runs `worker`. The others would wait in the next all-reduce for ever for a core that failed: so the first to fail
     says why, in the file `failure` and on stderr, and ends its process, at which xmp.spawn ends all."""
+    threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
     try:
         worker(index, config, checkpoint)
     except BaseException as error:
@@ -378,6 +380,13 @@ def guarded_worker(index, config, checkpoint, failure):
             file.write("2" if isinstance(error, UserError) else "1")
             print(f"error: {error}" if isinstance(error, UserError) else traceback.format_exc(), file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def end_with_parent(parent):
+    """A worker whose parent was killed would train on, unseen, and keep its TPU core."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def main():

@@ -1,0 +1,45 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ["PJRT_DEVICE"] = "CPU"  # before anything imports torch_xla
+import torch_xla
+
+torch_xla.device()  # autograd counts the devices at its first backward, and must find the XLA device among them
+ROOT = Path(__file__).parent.parent
+
+TINY = dict(vocab_size=64, dim=32, n_layers=2, n_heads=2, hidden_dim=48, context=16, batch_size=16, micro_batch_size=1,
+            max_steps=12, warmup_steps=3, learning_rate=1e-2, grad_clip=0.1, dtype="float32", log_every=1, eval_every=6,
+            eval_batches=2, checkpoint_every=0)
+
+
+def run(*command, env=None, timeout=300):
+    """Runs a command in the repository, as a user would, and returns (exit code, stdout, stderr)."""
+    process = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | (env or {}), text=True,
+                             capture_output=True, timeout=timeout)
+    return process.returncode, process.stdout, process.stderr
+
+
+def rows(out_dir):
+    """The rows of metrics.jsonl, training and evaluation."""
+    parsed = [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
+    return [row for row in parsed if "loss" in row], [row for row in parsed if "val_loss" in row]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A config file for a model that trains in seconds, and shards whose next token can partly be learned."""
+    directory = tmp_path_factory.mktemp("tiny")
+    noise = np.random.default_rng(0)
+    tokens = np.cumsum(noise.choice([1, 2, 3, 29], 40_000, p=[0.7, 0.1, 0.1, 0.1])) % TINY["vocab_size"]
+    tokens[:20_000].astype("<u2").tofile(directory / "train_00000.bin")
+    tokens[20_000:36_000].astype("<u2").tofile(directory / "train_00001.bin")
+    tokens[36_000:].astype("<u2").tofile(directory / "val_00000.bin")
+    config = directory / "tiny.py"
+    config.write_text("".join(f"{key} = {value!r}\n" for key, value in (TINY | {"data_dir": str(directory)}).items()))
+    return config

@@ -1,0 +1,114 @@
+"""The mathematics of model.py, against transformers and against its own promises."""
+import dataclasses
+
+import pytest
+import torch
+import torch_xla
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from model import KVCache, Llama, ModelConfig, flops_per_token, num_parameters
+from train import load_config
+
+SMALL = ModelConfig(vocab_size=97, dim=48, n_layers=3, n_heads=4, hidden_dim=80, context=32, rope_theta=500.0, norm_eps=1e-5)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, SMALL.vocab_size, (3, SMALL.context + 1), generator=torch.Generator().manual_seed(1))
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def test_logits_loss_and_every_gradient_equal_transformers(tokens):
+    ours = Llama(SMALL, seed=3)
+    with torch.no_grad():  # at 0.02 attention is nearly uniform and would hide a mistake in it
+        for p in ours.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
+    theirs = LlamaForCausalLM(LlamaConfig(
+        vocab_size=SMALL.vocab_size, hidden_size=SMALL.dim, intermediate_size=SMALL.hidden_dim, rms_norm_eps=SMALL.norm_eps,
+        num_hidden_layers=SMALL.n_layers, num_attention_heads=SMALL.n_heads, max_position_embeddings=SMALL.context,
+        rope_theta=SMALL.rope_theta, tie_word_embeddings=False, attn_implementation="eager"))
+    names = {name: name if name.startswith("lm_head") else f"model.{name}" for name in ours.state_dict()}
+    theirs.load_state_dict({names[name]: p for name, p in ours.state_dict().items()})
+
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    their_logits = theirs(inputs).logits
+    assert relative_error(ours(inputs), their_logits) < 1e-5
+    loss = ours(inputs, targets)
+    their_loss = torch.nn.functional.cross_entropy(their_logits.flatten(0, 1), targets.flatten())
+    assert relative_error(loss, their_loss) < 1e-5
+    loss.backward()
+    their_loss.backward()
+    their_parameters = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        assert relative_error(p.grad, their_parameters.pop(names[name]).grad) < 1e-5, name
+    assert not their_parameters
+
+
+def test_no_logit_depends_on_a_later_token(tokens):
+    model = Llama(SMALL)
+    before = model(tokens[:, :-1])
+    for t in (1, 7, SMALL.context - 1):
+        changed = tokens[:, :-1].clone()
+        changed[:, t] = (changed[:, t] + 1) % SMALL.vocab_size
+        after = model(changed)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.equal(after[:, t], before[:, t])
+
+
+@pytest.mark.parametrize("config", [SMALL, ModelConfig(vocab_size=10, dim=6, n_layers=1, n_heads=3, hidden_dim=4, context=5)])
+def test_parameters_are_counted_exactly(config):
+    model = Llama(config)
+    matrices = [p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name != "embed_tokens.weight"]
+    assert num_parameters(config) == (sum(p.numel() for p in model.parameters()), sum(matrices))
+
+
+def test_the_reference_shape_has_the_reference_numbers():
+    config = load_config("config/fwedu_124m.py")
+    assert num_parameters(config) == (134_105_856, 109_510_656)
+    assert flops_per_token(config) == 770_310_144
+
+
+def test_first_loss_of_the_untrained_reference_model():
+    """ln 32000 + 768 * 0.02^2 / 2 = 10.527: the entropy of a guess, and the variance of random logits."""
+    config = dataclasses.replace(load_config("config/fwedu_124m.py"), attention="math")
+    model = Llama(config, config.seed)
+    tokens = torch.randint(0, config.vocab_size, (4, config.context + 1), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # one window's loss has a standard deviation of 0.017, so several
+        loss = model(tokens[:, :-1], tokens[:, 1:]).item()
+    assert 10.50 < loss < 10.56
+
+
+def test_reading_with_a_cache_gives_the_same_logits(tokens):
+    model, tokens = Llama(SMALL).eval(), tokens[:, :-1]
+    cache = KVCache(SMALL, batch_size=len(tokens), device="cpu")
+    with torch.no_grad():
+        pieces = [model(piece, cache=cache) for piece in tokens.split([5, 1, 1, 20, 5], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=1e-5, atol=1e-6)
+
+
+def test_flash_attention_off_a_tpu_says_what_to_do(tokens):
+    with pytest.raises(RuntimeError, match='use attention="math"'):
+        Llama(dataclasses.replace(SMALL, attention="flash"))(tokens[:, :-1])
+
+
+def test_the_same_seed_gives_the_same_weights():
+    first, same, other = Llama(SMALL, 5).state_dict(), Llama(SMALL, 5).state_dict(), Llama(SMALL, 6).state_dict()
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_the_rest_in_float32(tokens):
+    """In particular the loss: the reference run logged 10.5078125, a mean of bfloat16 values 10.5 and 10.5625."""
+    device = torch_xla.device()
+    model, tokens = Llama(SMALL).to(device), tokens.to(device)
+    with torch.autocast("xla", torch.bfloat16):
+        loss, logits = model(tokens[:, :-1], tokens[:, 1:]), model(tokens[:, :-1])
+    loss.backward()
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+    exact = Llama(SMALL)(tokens.cpu()[:, :-1], tokens.cpu()[:, 1:]).item()
+    assert loss.item() == pytest.approx(exact, rel=1e-3)
+    assert loss.item() != torch.tensor(loss.item()).bfloat16().item()
