@@ -20,7 +20,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from data import UserError, flush, read_meta, write_file
+from data import UserError, flush, tokenizer_path, write_file
 from model import Llama, ModelConfig
 
 FORMAT = 1
@@ -57,14 +57,6 @@ def tensors_of(model, optimizer):
     moments = {f"{moment}.{name}": tensor for name, p in model.named_parameters()
                for moment, tensor in optimizer.state[p].items()}
     return {"model": dict(model.named_parameters()), "optimizer": moments}
-
-
-def tokenizer_path(config):
-    """The tokenizer that belongs to the data, or None where nobody named one."""
-    if config.tokenizer:
-        return Path(config.tokenizer)
-    name = read_meta(config.data_dir).get("tokenizer")
-    return name and Path(config.data_dir, name)
 
 
 def save(config, step, model, optimizer):

@@ -253,6 +253,39 @@ def vouched(path, vocab_size):
         written.get(path.name) == os.path.getsize(path) / TOKEN.itemsize
 
 
+# --- the data of a run, as train.py's config names it -----------------------------------------------------------------
+
+
+def tokenizer_path(config):
+    """The tokenizer that belongs to the data, or None where nobody named one."""
+    if config.tokenizer:
+        return Path(config.tokenizer)
+    name = read_meta(config.data_dir).get("tokenizer")
+    return name and Path(config.data_dir, name)
+
+
+def open_data(config):
+    """The training tokens, and the validation tokens or None. Raises for all that is wrong with the shards but their ids."""
+    train = find_shards(config.data_dir, config.train_glob)
+    val = find_shards(config.data_dir, config.val_glob) if config.eval_every else []
+    if both := set(train) & set(val):
+        raise UserError(f"{min(both)} is training and validation data; change train_glob or val_glob")
+    val_tokens = Tokens(val, config.context, config.vocab_size) if val else None
+    return Tokens(train, config.context, config.vocab_size), val_tokens
+
+
+def check_data(config):
+    """Raises for all that is wrong with shards and tokenizer, before any core starts."""
+    train_tokens, val_tokens = open_data(config)
+    if val_tokens:
+        val_tokens.fixed_windows(config.eval_batches * config.batch_size)
+    if source := tokenizer_path(config):
+        size = load_tokenizer(source).vocab_size()
+        if size > config.vocab_size:
+            raise UserError(f"{source} has {size:,} tokens and vocab_size is {config.vocab_size:,}; set vocab_size={size}")
+    check_token_ids(train_tokens.paths + (val_tokens.paths if val_tokens else []), config.vocab_size)
+
+
 # --- inspect ----------------------------------------------------------------------------------------------------------
 
 
@@ -416,6 +449,8 @@ def fraction(text, salt):
 
 def load_tokenizer(path):
     """A SentencePieceProcessor that shards can be written with."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no tokenizer {path}")
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):

@@ -39,8 +39,8 @@ import torch_xla.distributed.xla_multiprocessing as xmp
 import torch_xla.runtime as xr
 from tqdm import tqdm
 
-from checkpoint import checkpoint_to_resume, restore, save, tokenizer_path
-from data import LARGEST_VOCABULARY, Tokens, UserError, check_token_ids, find_shards, load_tokenizer, run_command, write_file
+from checkpoint import checkpoint_to_resume, restore, save
+from data import LARGEST_VOCABULARY, UserError, check_data, open_data, run_command, write_file
 from model import Llama, ModelConfig, flops_per_token, num_parameters
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -214,7 +214,8 @@ class Log:
         self.config = config
         self.path = Path(config.out_dir, "metrics.jsonl")
         rows = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        write_file(self.path, "".join(row for row in rows if json.loads(row)["step"] <= first_step).encode())
+        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= first_step]
+        write_file(self.path, "".join(kept).encode())
         self.bar = tqdm(total=config.max_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False,
                         disable=not sys.stderr.isatty())
         self.pending = None
@@ -347,28 +348,6 @@ def due(done, every, config):
     return done == config.max_steps or (every and done % every == 0)
 
 
-def open_data(config):
-    """The training tokens, and the validation tokens or None. Raises for all that is wrong with the shards but their ids."""
-    train = find_shards(config.data_dir, config.train_glob)
-    val = find_shards(config.data_dir, config.val_glob) if config.eval_every else []
-    if both := set(train) & set(val):
-        raise UserError(f"{min(both)} is training and validation data; change train_glob or val_glob")
-    val_tokens = Tokens(val, config.context, config.vocab_size) if val else None
-    return Tokens(train, config.context, config.vocab_size), val_tokens
-
-
-def check_data(config):
-    """Raises for all that is wrong with shards and tokenizer, before any core starts."""
-    train_tokens, val_tokens = open_data(config)
-    if val_tokens:
-        val_tokens.fixed_windows(config.eval_batches * config.batch_size)
-    if source := tokenizer_path(config):
-        size = load_tokenizer(source).vocab_size()
-        if size > config.vocab_size:
-            raise UserError(f"{source} has {size:,} tokens and vocab_size is {config.vocab_size:,}; set vocab_size={size}")
-    check_token_ids(train_tokens.paths + (val_tokens.paths if val_tokens else []), config.vocab_size)
-
-
 def guarded_worker(index, config, checkpoint, failure):
     """Runs `worker`. The others would wait in the next all-reduce for ever for a core that failed: so the first to fail
     says why, in the file `failure` and on stderr, and ends its process, at which xmp.spawn ends all."""
@@ -407,8 +386,7 @@ def main():
     tokens = config.batch_size * config.context
     print(f"{total:,} parameters, {in_matmuls:,} of them in matmuls | {config.max_steps:,} steps x {tokens:,} tokens "
           f"= {config.max_steps * tokens:,} | {config.out_dir}")
-    if checkpoint:
-        print(f"going on from {checkpoint}")
+    print(f"going on from {checkpoint}" if checkpoint else "starting", "(compiling the first step takes a while)", flush=True)
     with tempfile.TemporaryDirectory() as directory:
         failure = Path(directory, "exit_code")
         try:

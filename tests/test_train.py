@@ -228,7 +228,7 @@ def fails_with(monkeypatch, capsys):
     ("--val_glob=none_*.bin", "no file matches none_*.bin"),
     ("--val_glob=train_00001.bin", "train_00001.bin is training and validation data"),
     ("--data_dir=/nowhere", "data_dir /nowhere is not a directory"),
-    ("--tokenizer=/nowhere.model", "/nowhere.model is not a SentencePiece model"),
+    ("--tokenizer=/nowhere.model", "there is no tokenizer /nowhere.model"),
     ("--vocab_size=50", "train_00000.bin holds token id 57 at token 26 (byte 52); ids must be below vocab_size=50"),
     ("--resume=/nowhere", "no checkpoint in /nowhere"),
     ("max_steps=3", "max_steps=3: expected --key=value"),
