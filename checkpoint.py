@@ -111,7 +111,10 @@ def load_model(checkpoint, **changes):
     config = read_state(checkpoint)["config"]
     shape = {field.name: config[field.name] for field in dataclasses.fields(ModelConfig)}
     model = Llama(ModelConfig(**shape | changes))
-    model.load_state_dict(load_tensors(checkpoint, "model"))
+    try:
+        model.load_state_dict(load_tensors(checkpoint, "model"))
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint}/model.safetensors does not fit the config in state.json: {error}") from None
     return model
 
 

@@ -22,7 +22,9 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -69,8 +71,16 @@ class Progress(tqdm):
     def display(self, msg=None, pos=None):
         if not self.plain:
             super().display(msg, pos)
-        elif 0 < self.n < self.total:
+        elif 0 < self.n < self.total and msg != "":  # "": closing
             print(self, file=sys.stderr, flush=True)
+
+
+def end_with_parent():
+    """In a spawned process: ends it when its parent ends, even by kill -9, instead of leaving it to work on unseen."""
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -235,15 +245,19 @@ def check_token_ids(paths, vocab_size):
             raise out_of_vocabulary(path, offset + first, ids[first], vocab_size)
 
 
+META_FORMAT = 1
+
+
 def read_meta(directory):
-    """What `prepare` wrote about the shards in `directory`; {} where there is nothing."""
+    """What `prepare` wrote about the shards in `directory`; {} where there is nothing, or a meta.json of somebody else's."""
     path = Path(directory) / "meta.json"
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); delete it or prepare the data again") from None
+    return meta if isinstance(meta, dict) and meta.get("format") == META_FORMAT else {}
 
 
 def vouched(path, vocab_size):
@@ -291,6 +305,8 @@ def check_data(config):
 
 def inspect(where, vocab_size=None, context=1_024, tokenizer=None):
     """Prints, for any shards (a directory, a file or a glob), what a training run would want to know of them."""
+    if context < 1:
+        raise UserError(f"--context {context}: expected at least 1")
     where = Path(where)
     paths = find_shards(where, "*.bin") if where.is_dir() else find_shards(where.parent, where.name)
     meta = read_meta(paths[0].parent)
@@ -382,7 +398,7 @@ def raw_documents(path, text_key):
             try:
                 for number, line in enumerate(lines, start=1):
                     yield f"{path}:{number}", "json", line, file.tell() if lines is not file else None
-            except (EOFError, gzip.BadGzipFile) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise UserError(f"{path} is not a whole gzip file: {error}") from None
 
 
@@ -394,14 +410,18 @@ def parquet_documents(path, text_key):
         raise UserError(f"{path}: reading .parquet needs pyarrow (pip install pyarrow)") from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        if text_key not in file.schema_arrow.names:
-            raise UserError(f"{path} has no column {text_key!r}, only {', '.join(file.schema_arrow.names)}; see --text-key")
+        columns = {field.name: field.type for field in file.schema_arrow}
+        if columns.get(text_key) not in (pyarrow.string(), pyarrow.large_string()):
+            raise UserError(f"{path} has no column {text_key!r} of strings; see --text-key. Its columns: "
+                            f"{', '.join(f'{name} ({kind})' for name, kind in columns.items())}")
         size, row = path.stat().st_size, 0
         for batch in file.iter_batches(batch_size=1_000, columns=[text_key]):
             for text in batch.column(0).to_pylist():
                 row += 1
                 yield f"{path}: row {row}", "text", (text or "").encode(), int(size * row / file.metadata.num_rows)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the operating system's word, not pyarrow's
+            raise
         raise UserError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from None
 
 
@@ -436,7 +456,7 @@ def text_of(where, kind, raw, text_key):
         value = json.loads(text)[text_key]
         value.encode()  # half a surrogate pair is legal JSON and no text
         return value
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not a JSON object with valid text: {error}") from None
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{where}: expected a JSON object whose {text_key!r} is a string; see --text-key") from None
@@ -463,16 +483,24 @@ def load_tokenizer(path):
 
 
 def train_tokenizer(path, files, vocab_size, val_fraction, text_key):
-    """Trains a SentencePiece BPE vocabulary the way Llama's is (identity normalisation, byte fallback, split digits:
-    decode(encode(text)) == text) on up to TOKENIZER_BYTES of the training split, and writes it to `path`."""
-    share = TOKENIZER_BYTES / sum(file.stat().st_size for file in files)
+    """Trains a SentencePiece BPE vocabulary on up to TOKENIZER_BYTES of the training split and writes it to `path`.
+
+    Made the way Llama's is: identity normalisation, byte fallback, split digits. So decode(encode(text)) == text, but for
+    the character U+2581, SentencePiece's own sign for a space.
+    """
+    share = TOKENIZER_BYTES / max(1, sum(file.stat().st_size for file in files))
+    raised = []
 
     def lines():
-        with Progress(sum(file.stat().st_size for file in files), "B", "reading for the tokenizer") as progress:
-            for document in itertools.chain.from_iterable(batches(files, text_key, progress)):
-                text = text_of(*document, text_key)
-                if fraction(text, b"split") >= val_fraction and fraction(text, b"tokenizer") < share:
-                    yield from filter(None, text.splitlines())
+        try:
+            with Progress(sum(file.stat().st_size for file in files), "B", "reading for the tokenizer") as progress:
+                for document in itertools.chain.from_iterable(batches(files, text_key, progress)):
+                    text = text_of(*document, text_key)
+                    if fraction(text, b"split") >= val_fraction and fraction(text, b"tokenizer") < share:
+                        yield from filter(None, text.splitlines())
+        except BaseException as error:  # SentencePiece would make a RuntimeError of anything
+            raised.append(error)
+            raise
 
     model = io.BytesIO()
     try:
@@ -482,6 +510,8 @@ def train_tokenizer(path, files, vocab_size, val_fraction, text_key):
             split_digits=True, character_coverage=0.99995, max_sentence_length=1 << 16, num_threads=os.cpu_count(),
             minloglevel=2)
     except RuntimeError as error:
+        if raised:
+            raise raised[0] from None
         raise UserError(f"a vocabulary of {vocab_size:,} could not be trained on this text: "
                         f"{str(error).splitlines()[-1]}") from None
     write_file(Path(path), model.getvalue())
@@ -567,7 +597,7 @@ class Encoder:
 
     @classmethod
     def start(cls, *args):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
+        end_with_parent()
         cls.current = cls(*args)
 
     @classmethod
@@ -593,7 +623,10 @@ def encode_files(files, tokenizer, writers, val_fraction, text_key, processes):
             for batch in batches(files, text_key, progress):
                 if len(under_way) == 3 * processes:
                     write_oldest()
+                # Ctrl-C reaches the whole process group. The processes, which submit starts, inherit that it is blocked.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 under_way.append(pool.submit(Encoder.encode, batch))
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             while under_way:
                 write_oldest()
     finally:
@@ -607,7 +640,7 @@ def prepare(inputs, tokenizer, out, vocab_size=None, val_fraction=0.005, shard_t
     A document is stored as bos + ids + eos. The validation split is a fraction of the documents, chosen by a hash of
     their text. Everything is written to OUT.partial, which is renamed to `out` when all of it is on the disk.
     """
-    out, tokenizer = Path(out), Path(tokenizer)
+    out, tokenizer = Path(out).absolute(), Path(tokenizer)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists and is not an empty directory; name a new one, or delete it first")
     if vocab_size is not None and not 0 < vocab_size <= LARGEST_VOCABULARY:
@@ -639,7 +672,7 @@ def prepare(inputs, tokenizer, out, vocab_size=None, val_fraction=0.005, shard_t
             if writer.documents == 0:
                 raise UserError(f"no document fell into the {split} split: {sum(w.documents for w in writers.values())} "
                                 f"documents with text, --val-fraction {val_fraction}")
-        meta = {"format": 1, "dtype": "uint16", "vocab_size": processor.vocab_size(), "tokenizer": "tokenizer.model",
+        meta = {"format": META_FORMAT, "dtype": "uint16", "vocab_size": processor.vocab_size(), "tokenizer": "tokenizer.model",
                 "tokenizer_sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(), "bos_id": processor.bos_id(),
                 "eos_id": processor.eos_id(), "val_fraction": val_fraction,
                 "splits": {split: writer.close() for split, writer in writers.items()}}

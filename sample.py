@@ -47,16 +47,17 @@ def generate(model, ids, max_new_tokens, eos, temperature=0.8, top_k=0, top_p=1.
 
 
 def stream(processor, ids, tokens):
-    """Yields the text that `tokens` add to `ids`, piece by piece. Decodes all of it each time, because a token alone
-    does not tell whether it starts with a space, and holds back a character whose bytes are not all there."""
+    """Yields the text that each of `tokens` adds to `ids`, and what is left at the end. Decodes all of it each time, because
+    a token alone does not tell whether it starts with a space, and holds back a character whose bytes are not all there."""
     ids = list(ids)
     shown = processor.decode(ids)
     for token in tokens:
         ids.append(token)
         text = processor.decode(ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(shown):]
-            shown = text
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            text = shown
+        yield text[len(shown):]
+        shown = text
     yield processor.decode(ids)[len(shown):]
 
 
@@ -90,13 +91,12 @@ def main():
     if len(ids) >= model.config.context:
         raise UserError(f"the prompt has {len(ids)} tokens; the model reads {model.config.context} and needs room for one more")
     for i in range(arguments.num_samples):
-        started, count = time.perf_counter(), 0
+        started = time.perf_counter()
         tokens = generate(model, ids, arguments.max_new_tokens, processor.eos_id(), arguments.temperature, arguments.top_k,
                           arguments.top_p, arguments.seed + i)
         print(arguments.prompt, end="", flush=True)
-        for text in stream(processor, ids, tokens):
+        for count, text in enumerate(stream(processor, ids, tokens)):
             print(text, end="", flush=True)
-            count += 1
         print("\n")
         if sys.stdout.isatty():
             seconds = time.perf_counter() - started

@@ -24,7 +24,6 @@ import json
 import math
 import re
 import tempfile
-import threading
 import time
 import traceback
 from concurrent.futures.process import BrokenProcessPool
@@ -40,7 +39,7 @@ import torch_xla.runtime as xr
 from tqdm import tqdm
 
 from checkpoint import checkpoint_to_resume, restore, save
-from data import LARGEST_VOCABULARY, UserError, check_data, open_data, run_command, write_file
+from data import LARGEST_VOCABULARY, UserError, check_data, end_with_parent, open_data, run_command, write_file
 from model import Llama, ModelConfig, flops_per_token, num_parameters
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -351,7 +350,7 @@ def due(done, every, config):
 def guarded_worker(index, config, checkpoint, failure):
     """Runs `worker`. The others would wait in the next all-reduce for ever for a core that failed: so the first to fail
     says why, in the file `failure` and on stderr, and ends its process, at which xmp.spawn ends all."""
-    threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
+    end_with_parent()
     try:
         worker(index, config, checkpoint)
     except BaseException as error:
@@ -359,13 +358,6 @@ def guarded_worker(index, config, checkpoint, failure):
             file.write("2" if isinstance(error, UserError) else "1")
             print(f"error: {error}" if isinstance(error, UserError) else traceback.format_exc(), file=sys.stderr, flush=True)
         os._exit(1)
-
-
-def end_with_parent(parent):
-    """A worker whose parent was killed would train on, unseen, and keep its TPU core."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def main():

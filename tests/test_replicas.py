@@ -53,7 +53,7 @@ def test_one_failing_core_ends_all(tiny, tmp_path):
     shard = np.memmap(tmp_path / "train_00000.bin", "<u2", "r+")
     shard[::512] = 999  # a few of the windows; meta.json vouches for them, so that it is not found before the start
     shard.flush()
-    (tmp_path / "meta.json").write_text('{"vocab_size": 64, "tokenizer": null, "splits": {"train": {"shards": ['
+    (tmp_path / "meta.json").write_text('{"format": 1, "vocab_size": 64, "tokenizer": null, "splits": {"train": {"shards": ['
                                         '{"file": "train_00000.bin", "tokens": 20000}]}}}')
     code, out, err = run("tests/replicas.py", 8, tiny, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}", timeout=120)
     message = [line for line in err.splitlines() if line.startswith("error:")]
