@@ -389,7 +389,7 @@ MISTAKES = {  # what: (file in DIR, its content, options, a part of the message)
     "half a character": ("a.jsonl", b'{"text": "\\ud83d"}', "--input DIR/a.jsonl", "DIR/a.jsonl:1 is not a JSON object"),
     "cut gzip": ("a.jsonl.gz", gzip.compress(LINE)[:-20], "--input DIR/a.jsonl.gz", "DIR/a.jsonl.gz is not a whole gzip file"),
     "damaged gzip": ("a.jsonl.gz", damaged(gzip.compress(LINE)), "--input DIR/a.jsonl.gz", "DIR/a.jsonl.gz"),
-    "no column": ("a.parquet", parquet(k=["x"]), "--input DIR/a.parquet", "DIR/a.parquet has no column 'text', only k"),
+    "no column": ("a.parquet", parquet(k=["x"]), "--input DIR/a.parquet", "DIR/a.parquet has no column 'text' of strings"),
     "column of numbers": ("a.parquet", parquet(text=[1, 2]), "--input DIR/a.parquet", "DIR/a.parquet"),
     "cut parquet": ("a.parquet", parquet(text=["x"])[:-9], "--input DIR/a.parquet", "DIR/a.parquet is not a readable parquet"),
     "damaged parquet": ("a.parquet", damaged(parquet(text=[NOISE])), "--input DIR/a.parquet", "DIR/a.parquet"),
