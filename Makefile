@@ -12,7 +12,7 @@ export PJRT_DEVICE = CPU
 demo: data/demo/meta.json
 	$(PY) train.py config/demo.py
 	$(PY) tools/bits_per_byte.py --checkpoint out/demo
-	$(PY) sample.py --checkpoint out/demo --prompt "$(PROMPT)" --num-samples 3 --temperature 0.7 --top-k 40
+	$(PY) sample.py --checkpoint out/demo --prompt "$(PROMPT)" --num-samples 3
 
 data/demo/meta.json: | $(INSTALLED)
 	$(PY) data.py prepare --out data/demo --tokenizer out/demo-tokenizer.model --vocab-size 4096 --val-fraction 0.05 \

@@ -1,4 +1,4 @@
-"""Checkpoints: directories that training writes and that training, sampling and conversion read.
+"""Checkpoints: directories that training writes and that training and sampling read.
 
     out/run/checkpoints/step_00001000/
         model.safetensors       weights under the names of model.py, float32
@@ -6,7 +6,7 @@
         tokenizer.model         the SentencePiece model of the data, where there is one
         state.json              step, tokens seen, the whole config, the tokenizer's sha256, versions
 
-A directory of that name is complete and on the disk; whatever is unfinished ends in .partial. Nothing is pickled:
+A directory of that name is complete and on the disk; whatever is not ends in .partial or .removed. Nothing is pickled:
 reading a stranger's checkpoint runs no code of theirs.
 """
 import dataclasses
@@ -78,11 +78,18 @@ def save(config, step, model, optimizer):
         write_file(partial / "tokenizer.model", content)
         state |= {"tokenizer": "tokenizer.model", "tokenizer_sha256": hashlib.sha256(content).hexdigest()}
     write_file(partial / "state.json", json.dumps(state, indent=1).encode())
-    shutil.rmtree(directory, ignore_errors=True)  # of the same step, from before a resume
+    if directory.exists():  # of the same step, from before a resume
+        remove(directory)
     partial.rename(directory)
     flush(directory.parent)
     for old in list_checkpoints(config.out_dir)[:-config.keep_checkpoints]:
-        shutil.rmtree(old)
+        remove(old)
+
+
+def remove(checkpoint):
+    """Deletes it under another name, or a kill would leave half of it under the name of a whole one."""
+    doomed = checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.removed"))
+    shutil.rmtree(doomed)
 
 
 def load_tensors(checkpoint, name):

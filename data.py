@@ -26,6 +26,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -43,20 +44,26 @@ class UserError(Exception):
     """A mistake the user can mend. The message says what was found, where, and what was expected."""
 
 
+def told(error):
+    """What to tell the user of a mistake of theirs, or of the operating system's word on a file; None for a bug."""
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"error: {error.filename or 'writing'}: {error.strerror}"
+    return None
+
+
 def run_command(main):
     """Calls main(). A mistake of the user's ends in its message on stderr and exit code 2; a bug in its traceback."""
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno is None:  # not the operating system's word on a file or a disk
-            raise
-        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except Exception as error:
+        if told(error) is None:
+            raise
+        print(told(error), file=sys.stderr)
+        sys.exit(2)
 
 
 class Progress(tqdm):
@@ -83,6 +90,15 @@ def end_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
+def end_on_interrupt(advice):
+    """Has Ctrl-C end this process at once, with `advice`, and (see above) those it spawns, which hang on to their work: an
+    exception would wait for them."""
+    def end(*_):
+        print(f"interrupted; {advice}", file=sys.stderr, flush=True)
+        os._exit(130)
+    signal.signal(signal.SIGINT, end)
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 ROUNDS = 8
@@ -101,7 +117,7 @@ def shuffled(numbers, size, keys):
     walking = np.ones(len(numbers), bool)
     while walking.any():
         row, column = np.divmod(numbers[walking], np.uint64(columns))
-        for i, key in enumerate(keys[:ROUNDS]):
+        for i, key in enumerate(keys):
             if i % 2:
                 row = (row + hashed(column ^ key)) % np.uint64(rows)
             else:
@@ -139,10 +155,11 @@ def window_starts(samples, num_tokens, context, seed):
 def find_shards(data_dir, pattern):
     """The sorted paths of data_dir/pattern, at least one."""
     if not os.path.isdir(data_dir):
-        raise UserError(f"data_dir {data_dir} is not a directory; python data.py prepare makes one")
+        raise UserError(f"{data_dir} is not a directory; python data.py prepare makes one with shards in it")
     paths = sorted(Path(data_dir).glob(pattern))
     if not paths:
-        raise UserError(f"no file matches {pattern} in {data_dir}; python data.py prepare writes train and val shards")
+        raise UserError(f"no file matches {pattern} in {data_dir}; python data.py prepare writes train_*.bin and val_*.bin "
+                        "(and eval_every=0 does without the latter)")
     return paths
 
 
@@ -311,7 +328,7 @@ def inspect(where, vocab_size=None, context=1_024, tokenizer=None):
     paths = find_shards(where, "*.bin") if where.is_dir() else find_shards(where.parent, where.name)
     meta = read_meta(paths[0].parent)
     vocab_size = vocab_size or meta.get("vocab_size")
-    if tokenizer is None and meta:
+    if tokenizer is None and meta.get("tokenizer"):
         tokenizer = paths[0].parent / meta["tokenizer"]
     processor = load_tokenizer(tokenizer) if tokenizer else None
     eos = processor.eos_id() if processor else 2  # 2: Llama's
@@ -348,7 +365,8 @@ def inspect(where, vocab_size=None, context=1_024, tokenizer=None):
 
 
 def header_warning(path):
-    head = path.read_bytes()[:4] if path.stat().st_size < 4 else np.fromfile(path, np.uint8, 4).tobytes()
+    with path.open("rb") as file:
+        head = file.read(4)
     if head.startswith(b"\x93NUM"):
         return "this is a .npy file; shards have no header (write the array with .tofile)"
     if head == (20240520).to_bytes(4, "little"):
@@ -361,7 +379,7 @@ def header_warning(path):
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 LARGEST_DOCUMENT = 256 << 20  # bytes; a document is encoded in one piece
 BATCH_BYTES = 1 << 20  # text sent to a process at a time
-TOKENIZER_BYTES = 100 << 20  # text that a new tokenizer is trained on
+TOKENIZER_BYTES = 100 << 20  # size of the files (packed, if they are) of which a new tokenizer is trained on a share
 
 
 def find_inputs(inputs):
@@ -483,7 +501,7 @@ def load_tokenizer(path):
 
 
 def train_tokenizer(path, files, vocab_size, val_fraction, text_key):
-    """Trains a SentencePiece BPE vocabulary on up to TOKENIZER_BYTES of the training split and writes it to `path`.
+    """Trains a SentencePiece BPE vocabulary on TOKENIZER_BYTES' worth of the training split and writes it to `path`.
 
     Made the way Llama's is: identity normalisation, byte fallback, split digits. So decode(encode(text)) == text, but for
     the character U+2581, SentencePiece's own sign for a space.
@@ -629,6 +647,8 @@ def encode_files(files, tokenizer, writers, val_fraction, text_key, processes):
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             while under_way:
                 write_oldest()
+    except BrokenProcessPool:
+        raise UserError("a process that encoded text was killed, perhaps for memory; try fewer --processes") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

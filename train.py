@@ -38,8 +38,9 @@ import torch_xla.distributed.xla_multiprocessing as xmp
 import torch_xla.runtime as xr
 from tqdm import tqdm
 
-from checkpoint import checkpoint_to_resume, restore, save
-from data import LARGEST_VOCABULARY, UserError, check_data, end_with_parent, open_data, run_command, write_file
+import data
+from checkpoint import checkpoint_to_resume, read_state, restore, save
+from data import UserError
 from model import Llama, ModelConfig, flops_per_token, num_parameters
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ class Config(ModelConfig):
     beta1: float = 0.9  # AdamW: memory of the gradient's mean
     beta2: float = 0.95  # AdamW: memory of the gradient's mean square
     grad_clip: float = 1.0  # largest global norm of the averaged gradient; 0 does not clip
-    dtype: str = "bfloat16"  # of the matrix products: bfloat16 | float32; weights and moments are always float32
+    dtype: str = "bfloat16"  # of matmuls: bfloat16 | float32 (a TPU rounds those to bfloat16 too); all else is float32
     peak_tflops: float = 197.0  # of one core in bfloat16, for mfu: 197 is a TPU v5e
     seed: int = 0  # of the initial weights and of the order of the data
     log_every: int = 10  # steps between rows in metrics.jsonl; step 1 has one too
@@ -73,14 +74,13 @@ class Config(ModelConfig):
     resume: str = "auto"  # auto: go on from the newest checkpoint in out_dir | never: refuse a used out_dir | a checkpoint
 
 
-INF = math.inf
 RULES = (  # keys, what must hold for each, the same in words
     ("dim n_layers n_heads hidden_dim context batch_size micro_batch_size max_steps log_every eval_batches keep_checkpoints",
      lambda x: x >= 1, "at least 1"),
-    ("warmup_steps seed eval_every checkpoint_every min_lr weight_decay grad_clip", lambda x: 0 <= x < INF, "at least 0"),
-    ("rope_theta norm_eps learning_rate peak_tflops", lambda x: 0 < x < INF, "more than 0"),
+    ("warmup_steps seed eval_every checkpoint_every min_lr weight_decay grad_clip", lambda x: 0 <= x < math.inf, "at least 0"),
+    ("rope_theta norm_eps learning_rate peak_tflops", lambda x: 0 < x < math.inf, "more than 0"),
     ("beta1 beta2", lambda x: 0 <= x < 1, "from 0 to below 1"),
-    ("vocab_size", lambda x: 2 <= x <= LARGEST_VOCABULARY, f"from 2 to {LARGEST_VOCABULARY} (shards are uint16)"),
+    ("vocab_size", lambda x: 2 <= x <= data.LARGEST_VOCABULARY, f"from 2 to {data.LARGEST_VOCABULARY} (shards are uint16)"),
     ("attention", lambda x: x in ("math", "flash"), "math or flash"),
     ("dtype", lambda x: x in ("bfloat16", "float32"), "bfloat16 or float32"),
 )
@@ -214,23 +214,24 @@ class Log:
         self.path = Path(config.out_dir, "metrics.jsonl")
         rows = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= first_step]
-        write_file(self.path, "".join(kept).encode())
+        data.write_file(self.path, "".join(kept).encode())
         self.bar = tqdm(total=config.max_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False,
                         disable=not sys.stderr.isatty())
-        self.pending = None
+        self.pending, self.host_seconds = None, 0.0
         self.restart_clock(first_step)
 
     def restart_clock(self, step):
         """Begins the interval that the next row's speed is of; what happened before it does not count."""
-        self.since_step, self.since, self.host_seconds = step, time.perf_counter(), 0.0
+        self.since_step, self.since = step, time.perf_counter()
 
     def training(self, step, loss, grad_norm):
-        self.pending = step, loss, grad_norm
+        self.pending = step, loss, grad_norm, self.host_seconds
+        self.host_seconds = 0.0
 
     def flush(self):
         if self.pending is None:
             return
-        step, loss, grad_norm = self.pending
+        step, loss, grad_norm, host_seconds = self.pending
         self.pending = None
         config, loss, grad_norm = self.config, loss.item(), grad_norm.item()
         steps, seconds = step - self.since_step, time.perf_counter() - self.since
@@ -238,7 +239,7 @@ class Log:
         mfu = tokens_per_s * flops_per_token(config) / (config.peak_tflops * 1e12 * xr.world_size())
         row = {"step": step, "loss": loss, "lr": learning_rate(step - 1, config), "grad_norm": grad_norm,
                "tokens": step * config.batch_size * config.context, "tokens_per_s": tokens_per_s,
-               "step_ms": 1e3 * seconds / steps, "host_ms": 1e3 * self.host_seconds / steps,
+               "step_ms": 1e3 * seconds / steps, "host_ms": 1e3 * host_seconds / steps,
                "mfu": mfu if xr.device_type() == "TPU" else None, "compiles": met.metric_data("CompileTime")[0]}
         self.write(row, "loss {loss:7.4f} | lr {lr:.2e} | grad norm {grad_norm:6.3f} | "
                         "{step_ms:7.1f} ms (host {host_ms:5.1f}) | {tokens_per_s:9,.0f} tok/s" +
@@ -267,8 +268,8 @@ def train_step(model, optimizer, batch, step, zero, config):
     micro-batches, averages them over the cores, clips, updates. Returns the mean loss over all cores and the gradient
     norm as tensors on the device, which nobody has waited for. zero: a 0 on the device.
 
-    Gradients and loss are set to zero after the last micro-batch, not before the first: so the first one adds to buffers
-    like all others and runs the same graph. A gradient of None, or a fresh torch.zeros, would be a second graph.
+    Gradients are set to zero after the last micro-batch, not before the first: so the first one adds to buffers like all
+    others and runs the same graph. A gradient of None, or a fresh torch.zeros for the loss, would be a second graph.
     """
     micro_batches = batch.split(config.micro_batch_size)
     total = zero
@@ -305,7 +306,7 @@ def worker(index, config, checkpoint):
     if config.batch_size % (cores * config.micro_batch_size):
         raise UserError(f"batch_size = {config.batch_size} is not a multiple of {cores} cores x micro_batch_size = "
                         f"{config.micro_batch_size}")
-    train_tokens, val_tokens = open_data(config)
+    train_tokens, val_tokens = data.open_data(config)
     if val_tokens:
         starts = val_tokens.fixed_windows(config.eval_batches * config.batch_size)
         val_windows = torch.from_numpy(val_tokens.read(starts[rank::cores]))
@@ -350,13 +351,16 @@ def due(done, every, config):
 def guarded_worker(index, config, checkpoint, failure):
     """Runs `worker`. The others would wait in the next all-reduce for ever for a core that failed: so the first to fail
     says why, in the file `failure` and on stderr, and ends its process, at which xmp.spawn ends all."""
-    end_with_parent()
+    data.end_with_parent()
     try:
         worker(index, config, checkpoint)
     except BaseException as error:
-        with contextlib.suppress(FileExistsError), open(failure, "x") as file:  # x: by one core only
-            file.write("2" if isinstance(error, UserError) else "1")
-            print(f"error: {error}" if isinstance(error, UserError) else traceback.format_exc(), file=sys.stderr, flush=True)
+        try:
+            with open(failure, "x") as file:  # x: by one core only
+                print(data.told(error) or traceback.format_exc(), file=sys.stderr, flush=True)
+                file.write("2" if data.told(error) else "1")
+        except FileExistsError:
+            time.sleep(5)  # another was first: let it finish its sentence
         os._exit(1)
 
 
@@ -372,20 +376,25 @@ def main():
                             "dtype=bfloat16 computes in bfloat16 and keeps those in float32")
     if config.attention == "flash" and xr.device_type() != "TPU":
         raise UserError(f"attention = 'flash' runs on a TPU and this is a {xr.device_type()}; use --attention=math")
-    check_data(config)
+    data.check_data(config)
     checkpoint = checkpoint_to_resume(config)
     total, in_matmuls = num_parameters(config)
     tokens = config.batch_size * config.context
     print(f"{total:,} parameters, {in_matmuls:,} of them in matmuls | {config.max_steps:,} steps x {tokens:,} tokens "
           f"= {config.max_steps * tokens:,} | {config.out_dir}")
+    if checkpoint and read_state(checkpoint)["step"] >= config.max_steps:
+        return print(f"{checkpoint} is the end of this run: nothing to do")
+    if not data.tokenizer_path(config):
+        print("no tokenizer is known for this data, so sample.py will have none; name one with --tokenizer=PATH")
     print(f"going on from {checkpoint}" if checkpoint else "starting", "(compiling the first step takes a while)", flush=True)
     with tempfile.TemporaryDirectory() as directory:
         failure = Path(directory, "exit_code")
+        data.end_on_interrupt("the same command goes on from the newest checkpoint, if there is one")
         try:
             xmp.spawn(guarded_worker, args=(config, checkpoint, failure))
         except BrokenProcessPool:
-            sys.exit(int(failure.read_text()) if failure.exists() else "a worker process was killed, perhaps for memory")
+            sys.exit(int(failure.read_text() or 1) if failure.exists() else "a worker process was killed, perhaps for memory")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    data.run_command(main)

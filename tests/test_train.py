@@ -3,7 +3,10 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -37,25 +40,30 @@ def test_learning_rate_rises_then_falls_to_min_lr():
     assert learning_rate(0, Config(max_steps=5, warmup_steps=0, learning_rate=1.0)) == 1.0
 
 
+def assert_stated(text, config):
+    """The parameters, FLOPs and size of a checkpoint in a config's opening comment are those of the config."""
+    total, in_matmuls = num_parameters(config)
+    for number in (total, in_matmuls, flops_per_token(config), config.batch_size * config.context):
+        assert f"{number:,}" in text
+    compute = config.max_steps * config.batch_size * config.context * flops_per_token(config)
+    assert f"{compute:.2e}".replace("+", "") in text
+    assert f"= {total * 4 * 3 / 1e9:.2f} GB" in text
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
-def test_every_shipped_config_loads(path):
+def test_every_shipped_config_loads_and_its_arithmetic_is_right(path):
     config = load_config(path)
     assert config.batch_size % config.micro_batch_size == 0
     assert config.out_dir == f"out/{path.stem}"
+    assert_stated(path.read_text(), config)
 
 
-def test_the_arithmetic_in_the_reference_config():
+def test_the_reference_run_is_one_epoch():
     text = (ROOT / "config/fwedu_124m.py").read_text()
     windows = 9_940_492_288 // REFERENCE.context
     assert f"{windows:,} windows" in text and f"-> {math.ceil(windows / REFERENCE.batch_size):,}" in text
     assert REFERENCE.max_steps == math.ceil(windows / REFERENCE.batch_size)
     assert 8 * 4 * REFERENCE.micro_batch_size == REFERENCE.batch_size
-    total, in_matmuls = num_parameters(REFERENCE)
-    for number in (total, in_matmuls, flops_per_token(REFERENCE), REFERENCE.batch_size * REFERENCE.context):
-        assert f"{number:,}" in text
-    compute = REFERENCE.max_steps * REFERENCE.batch_size * REFERENCE.context * flops_per_token(REFERENCE)
-    assert f"{compute:.2e}".replace("+", "") in text
-    assert f"= {total * 4 * 3 / 1e9:.2f} GB" in text
 
 
 # --- the optimiser ----------------------------------------------------------------------------------------------------
@@ -191,6 +199,18 @@ def test_help_lists_every_key():
                    for line in out.splitlines()), field.name
 
 
+@pytest.mark.parametrize("send, signal_, code", [(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, -signal.SIGTERM),
+                                                (os.kill, signal.SIGKILL, -signal.SIGKILL)])
+def test_no_worker_outlives_a_run_that_is_ended(tiny, tmp_path, send, signal_, code):
+    """Ctrl-C reaches the whole process group; kill and kill -9 the first process only. A worker left over would keep a TPU."""
+    process = subprocess.Popen([sys.executable, "train.py", tiny, f"--out_dir={tmp_path}", "--max_steps=100000"], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert any(line.startswith("step") for line in process.stdout)  # stops at the first
+    send(process.pid, signal_)
+    _, err = process.communicate(timeout=30)  # ends when no process holds the pipes any more
+    assert process.returncode == code and "Traceback" not in err, err
+
+
 # --- mistakes of the user ---------------------------------------------------------------------------------------------
 
 
@@ -227,7 +247,7 @@ def fails_with(monkeypatch, capsys):
     ("--eval_batches=100", "has 249 for validation; lower eval_batches"),
     ("--val_glob=none_*.bin", "no file matches none_*.bin"),
     ("--val_glob=train_00001.bin", "train_00001.bin is training and validation data"),
-    ("--data_dir=/nowhere", "data_dir /nowhere is not a directory"),
+    ("--data_dir=/nowhere", "/nowhere is not a directory"),
     ("--tokenizer=/nowhere.model", "there is no tokenizer /nowhere.model"),
     ("--vocab_size=50", "train_00000.bin holds token id 57 at token 26 (byte 52); ids must be below vocab_size=50"),
     ("--resume=/nowhere", "no checkpoint in /nowhere"),
