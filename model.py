@@ -157,18 +157,16 @@ class KVCache:
     may be padded and `position` set back to its true length.
     """
 
-    def __init__(self, config, batch_size, device, dtype=torch.float32):
+    def __init__(self, config, batch_size, device):
         shape = (batch_size, config.n_heads, config.context, config.dim // config.n_heads)  # [B, H, S, K]
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.keys = [torch.zeros(shape, device=device) for _ in range(config.n_layers)]
+        self.values = [torch.zeros(shape, device=device) for _ in range(config.n_layers)]
         self.position = torch.zeros((), device=device, dtype=torch.long)  # where the next token goes
 
     def remember(self, layer, positions):
         """A function that stores k, v [B, H, T, K] of `layer` at `positions` [T] and returns all, [B, H, S, K]."""
         def store(k, v):
-            self.keys[layer].index_copy_(2, positions, k.to(self.keys[layer].dtype))
-            self.values[layer].index_copy_(2, positions, v.to(self.values[layer].dtype))
-            return self.keys[layer].to(k.dtype), self.values[layer].to(v.dtype)
+            return self.keys[layer].index_copy_(2, positions, k), self.values[layer].index_copy_(2, positions, v)
         return store
 
 

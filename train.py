@@ -234,6 +234,8 @@ class Log:
         step, loss, grad_norm, host_seconds = self.pending
         self.pending = None
         config, loss, grad_norm = self.config, loss.item(), grad_norm.item()
+        if not math.isfinite(loss + grad_norm):  # before it is saved over the good checkpoints
+            raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}: diverged; start with a lower learning_rate")
         steps, seconds = step - self.since_step, time.perf_counter() - self.since
         tokens_per_s = steps * config.batch_size * config.context / seconds
         mfu = tokens_per_s * flops_per_token(config) / (config.peak_tflops * 1e12 * xr.world_size())
@@ -300,7 +302,7 @@ def evaluate(model, windows, zero, config):
     return mean_loss.item()
 
 
-def worker(index, config, checkpoint):
+def worker(config, checkpoint):
     """The training run, as each core runs it. Cores differ in the windows they read, and core 0 also writes."""
     rank, cores, device = xr.global_ordinal(), xr.world_size(), torch_xla.device()
     if config.batch_size % (cores * config.micro_batch_size):
@@ -353,7 +355,7 @@ def guarded_worker(index, config, checkpoint, failure):
     says why, in the file `failure` and on stderr, and ends its process, at which xmp.spawn ends all."""
     data.end_with_parent()
     try:
-        worker(index, config, checkpoint)
+        worker(config, checkpoint)
     except BaseException as error:
         try:
             with open(failure, "x") as file:  # x: by one core only

@@ -14,7 +14,9 @@ import threading
 import time
 from pathlib import Path
 
-REPLICAS = int(os.environ.setdefault("CPU_NUM_DEVICES", sys.argv[1]))  # a spawned child finds it in the environment
+if __name__ == "__main__":
+    os.environ["CPU_NUM_DEVICES"] = sys.argv[1]  # where the spawned child, which imports this file anew, finds it
+REPLICAS = int(os.environ["CPU_NUM_DEVICES"])
 os.environ |= {"PJRT_DEVICE": "CPU", "XLA_THREAD_POOL_SIZE": str(4 * REPLICAS)}  # each execution holds a thread
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

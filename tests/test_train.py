@@ -191,6 +191,12 @@ def test_another_run_in_the_same_place_is_refused(tiny, straight, fails_with):
     assert "not empty" in fails_with(tiny, f"--out_dir={straight}", "--resume=never")
 
 
+def test_a_run_that_diverges_ends_before_it_saves(tiny, tmp_path):
+    code, _, err = run("train.py", tiny, f"--out_dir={tmp_path}", "--learning_rate=1e30", "--warmup_steps=0")
+    assert code == 2 and "diverged" in err and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_help_lists_every_key():
     code, out, _ = run("train.py", "--help")
     assert code == 0
