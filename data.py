@@ -660,7 +660,7 @@ def prepare(inputs, tokenizer, out, vocab_size=None, val_fraction=0.005, shard_t
     A document is stored as bos + ids + eos. The validation split is a fraction of the documents, chosen by a hash of
     their text. Everything is written to OUT.partial, which is renamed to `out` when all of it is on the disk.
     """
-    out, tokenizer = Path(out).absolute(), Path(tokenizer)
+    out, tokenizer = Path(out), Path(tokenizer)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists and is not an empty directory; name a new one, or delete it first")
     if vocab_size is not None and not 0 < vocab_size <= LARGEST_VOCABULARY:
@@ -680,7 +680,8 @@ def prepare(inputs, tokenizer, out, vocab_size=None, val_fraction=0.005, shard_t
         raise UserError(f"{tokenizer} exists with {processor.vocab_size():,} tokens and --vocab-size says {vocab_size:,}")
 
     processes = processes or len(os.sched_getaffinity(0))
-    partial = out.with_name(f"{out.name}.partial")
+    whole = out.absolute()  # "." has no name
+    partial = whole.with_name(f"{whole.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
     try:
@@ -698,8 +699,8 @@ def prepare(inputs, tokenizer, out, vocab_size=None, val_fraction=0.005, shard_t
                 "splits": {split: writer.close() for split, writer in writers.items()}}
         write_file(partial / "tokenizer.model", tokenizer.read_bytes())
         write_file(partial / "meta.json", json.dumps(meta, indent=1).encode())
-        partial.rename(out)
-        flush(out.parent)
+        partial.rename(whole)
+        flush(whole.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
