@@ -24,6 +24,7 @@ import json
 import math
 import re
 import tempfile
+import threading
 import time
 import traceback
 from concurrent.futures.process import BrokenProcessPool
@@ -215,6 +216,7 @@ class Log:
         rows = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= first_step]
         data.write_file(self.path, "".join(kept).encode())
+        tqdm.set_lock(threading.RLock())  # its default is a semaphore between processes, reported as leaked if this one ends
         self.bar = tqdm(total=config.max_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False,
                         disable=not sys.stderr.isatty())
         self.pending, self.host_seconds = None, 0.0
