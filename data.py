@@ -238,6 +238,14 @@ def out_of_vocabulary(path, offset, token, vocab_size):
                      f"ids must be below vocab_size={vocab_size}")
 
 
+def first_out_of_vocabulary(path, offset, ids, vocab_size):
+    """The error for the first of `ids`, which stand at `offset` of the shard, that is not below vocab_size, or None."""
+    if ids.max() < vocab_size:
+        return None
+    first = int(np.argmax(ids >= vocab_size))
+    return out_of_vocabulary(path, offset + first, ids[first], vocab_size)
+
+
 SCAN_TOKENS = 1 << 23  # 16 MB at a time: what a scan keeps in memory
 
 
@@ -257,9 +265,8 @@ def scan(paths, description):
 def check_token_ids(paths, vocab_size):
     """Raises for the first id >= vocab_size. Reads every shard, but for those that `prepare` wrote and vouches for."""
     for path, offset, ids in scan([path for path in paths if not vouched(path, vocab_size)], "checking token ids"):
-        if ids.max() >= vocab_size:
-            first = int(np.argmax(ids >= vocab_size))
-            raise out_of_vocabulary(path, offset + first, ids[first], vocab_size)
+        if error := first_out_of_vocabulary(path, offset, ids, vocab_size):
+            raise error
 
 
 META_FORMAT = 1
@@ -340,9 +347,8 @@ def inspect(where, vocab_size=None, context=1_024, tokenizer=None):
         report["min"], report["max"] = min(report["min"], int(ids.min())), max(report["max"], int(ids.max()))
         report["eos"] += int(np.count_nonzero(ids == eos))
         report["odd zeros"] += int(np.count_nonzero(ids[1::2] == 0))
-        if vocab_size and ids.max() >= vocab_size and "bad" not in report:
-            first = int(np.argmax(ids >= vocab_size))
-            report["bad"] = out_of_vocabulary(path, offset + first, ids[first], vocab_size)
+        if vocab_size and "bad" not in report and (error := first_out_of_vocabulary(path, offset, ids, vocab_size)):
+            report["bad"] = error
     width = max(len(path.name) for path in paths)
     print(f"{'shard':{width}}  {'tokens':>15}  {'ids':>13}  {'documents':>11}  {'windows':>11}")
     for path, report in reports.items():
