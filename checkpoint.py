@@ -2,94 +2,257 @@
 
     out/run/checkpoints/step_00001000/
         model.safetensors       weights under the names of model.py, float32
-        optimizer.safetensors   AdamW's moments: exp_avg.NAME and exp_avg_sq.NAME
+        optimizer.safetensors   AdamW's moments: exp_avg.NAME and exp_avg_sq.NAME; skipped: updates left out, see AdamW
+        metrics.jsonl           what the run logged until then
         tokenizer.model         the SentencePiece model of the data, where there is one
-        state.json              step, tokens seen, the whole config, the tokenizer's sha256, versions
+        state.json              step, tokens seen, the whole config, what the data was, versions, and each file's sha256
 
-A directory of that name is complete and on the disk; whatever is not ends in .partial or .removed. Nothing is pickled:
-reading a stranger's checkpoint runs no code of theirs.
+A directory of that name is complete and on the disk; whatever is not ends in .partial, .removed or .set_aside. Nothing is
+pickled: reading a stranger's checkpoint runs no code of theirs.
 """
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from data import UserError, flush, tokenizer_path, write_file
-from model import Llama, ModelConfig
+from data import tokenizer_path
+from model import Llama, ModelConfig, num_parameters
+from process import UserError, flush, write_file
 
-FORMAT = 1
+FORMAT = 2
+COMPLETE = re.compile(r"step_\d{8}")
+
+
+# --- finding and checking ---------------------------------------------------------------------------------------------
 
 
 def list_checkpoints(out_dir):
     """The complete checkpoints of the run in out_dir, oldest first."""
-    return sorted(path for path in Path(out_dir, "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
+    return sorted(path for path in Path(out_dir, "checkpoints").glob("step_*") if COMPLETE.fullmatch(path.name))
 
 
 def find_checkpoint(path):
     """The checkpoint at `path`: a checkpoint directory, or a run's directory, whose newest it then is."""
-    if Path(path, "state.json").is_file():
-        return Path(path)
+    path = Path(path)
+    if Path(path, "state.json").is_file() or (path.is_dir() and COMPLETE.fullmatch(path.name)):
+        return path
     if found := list_checkpoints(path):
         return found[-1]
     raise UserError(f"no checkpoint in {path}; expected a directory with a state.json, or a run's with checkpoints/step_...")
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sealed(state):
+    """state.json's bytes: `state` with a checksum of its own, so that no byte of the file can change unseen."""
+    content = json.dumps(state, indent=1)
+    return json.dumps(state | {"sha256": hashlib.sha256(content.encode()).hexdigest()}, indent=1).encode()
 
 
 def read_state(checkpoint):
     """state.json as a dict."""
     path = Path(checkpoint, "state.json")
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise UserError(f"{path} has format {state['format']}, this code reads {FORMAT}")
+        content = path.read_bytes()
+        state = json.loads(content)
+        found = state["format"]
+    except FileNotFoundError:
+        raise UserError(f"{checkpoint} has no state.json") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the state of a checkpoint: {error!r}") from None
+        raise UserError(f"{path} is damaged: {error!r}") from None
+    if found != FORMAT:
+        raise UserError(f"{path} has format {found!r}, of another version of this code, which reads {FORMAT}")
+    state.pop("sha256", None)
+    if sealed(state) != content:
+        raise UserError(f"{path} is damaged: its content and its checksum differ")
     return state
 
 
+def verify(checkpoint, names=None):
+    """Raises unless the files `names` (default: all) are those that were saved, byte for byte, and no others are there.
+    Returns the state."""
+    state = read_state(checkpoint)
+    files = state["files"]
+    for name in names or files:
+        path = Path(checkpoint, name)
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
+        if (size := path.stat().st_size) != files[name]["bytes"]:
+            raise UserError(f"{path} is damaged: {size:,} bytes, expected {files[name]['bytes']:,}")
+        if sha256(path) != files[name]["sha256"]:
+            raise UserError(f"{path} is damaged: its content and its checksum in state.json differ")
+    if not names and (foreign := {path.name for path in Path(checkpoint).iterdir()} - {"state.json", *files}):
+        raise UserError(f"{Path(checkpoint, min(foreign))} is not part of the checkpoint")
+    return state
+
+
+def newest_whole(out_dir):
+    """The newest checkpoint of the run in out_dir that passes verify, or None if there are none at all. Newer ones, which
+    do not, are renamed: they are not deleted, but no longer in the way."""
+    damaged = {}
+    for checkpoint in reversed(list_checkpoints(out_dir)):
+        try:
+            verify(checkpoint)
+        except UserError as error:
+            damaged[checkpoint] = error
+            continue
+        for path, error in damaged.items():
+            names = (path.with_name(f"{path.name}.set_aside{i or ''}") for i in itertools.count())
+            aside = path.rename(next(name for name in names if not name.exists()))
+            print(f"warning: {error}; renamed to {aside.name}, going on from {checkpoint.name}", file=sys.stderr)
+        return checkpoint
+    if damaged:
+        raise UserError(f"no checkpoint in {out_dir} is whole: {'; '.join(map(str, damaged.values()))}. Nothing was changed; "
+                        "move them away to start anew")
+    return None
+
+
+# What makes a run the same run is all but where things are, how often they happen and how a batch is cut up.
+MAY_CHANGE = ("out_dir data_dir train_glob val_glob tokenizer attention micro_batch_size peak_tflops log_every eval_every "
+              "eval_batches checkpoint_every keep_checkpoints max_hours max_skipped resume").split()
+
+
+def checkpoint_to_resume(config, data_sha256):
+    """The checkpoint that a run with this config and data (Tokens.sha256) goes on from, or None for a new run."""
+    if config.resume == "never":
+        if Path(config.out_dir).exists() and any(Path(config.out_dir).iterdir()):
+            raise UserError(f"out_dir {config.out_dir} is not empty and resume=never; choose another out_dir")
+        return None
+    if config.resume == "auto":
+        checkpoint = newest_whole(config.out_dir)
+        if checkpoint is None:
+            return None
+        state = read_state(checkpoint)
+    else:
+        checkpoint = find_checkpoint(config.resume)
+        state = verify(checkpoint)
+        later = [own for own in list_checkpoints(config.out_dir) if own.name > f"step_{state['step']:08d}"]
+        if later:
+            raise UserError(f"out_dir {config.out_dir} has {later[-1].name}, which is later than {checkpoint}; "
+                            "use resume=auto to go on from it, or choose another out_dir")
+    then = state["config"]
+    changed = [f"{key} was {then.get(key)!r}, is {value!r}" for key, value in dataclasses.asdict(config).items()
+               if key not in MAY_CHANGE and then.get(key) != value]
+    if state["data_sha256"] != data_sha256:
+        changed.append(f"the training data was {then['train_glob']} in {then['data_dir']}, is {config.train_glob} in "
+                       f"{config.data_dir} and differs")
+    if changed:
+        raise UserError(f"{checkpoint} is of another run: {'; '.join(changed)}. Put that back, or choose another out_dir")
+    return checkpoint
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
 def tensors_of(model, optimizer):
-    """All that a checkpoint stores: the weights, and the moments under the names of their weights."""
+    """All that a checkpoint stores, by file: the weights, and the moments under the names of their weights."""
     moments = {f"{moment}.{name}": tensor for name, p in model.named_parameters()
                for moment, tensor in optimizer.state[p].items()}
-    return {"model": dict(model.named_parameters()), "optimizer": moments}
+    return {"model": dict(model.named_parameters()), "optimizer": moments | {"skipped": optimizer.skipped}}
 
 
-def save(config, step, model, optimizer):
-    """Writes the checkpoint of `step` finished steps into config.out_dir, under another name until all of it is on the
-    disk, then deletes all but the newest config.keep_checkpoints."""
-    directory = Path(config.out_dir, "checkpoints", f"step_{step:08d}")
+def write(directory, tensors, others, state):
+    """Writes a checkpoint, which has another name than `directory` until all of it is on the disk. tensors: as tensors_of
+    has them, but on the CPU; others: bytes by file name; state: what state.json says beside the files' checksums."""
     partial = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while saving
     partial.mkdir(parents=True)
-    for name, tensors in tensors_of(model, optimizer).items():
-        path = partial / f"{name}.safetensors"
-        safetensors.torch.save_file({key: tensor.detach().cpu() for key, tensor in tensors.items()}, path, {"format": "pt"})
-        flush(path)
-    state = {"format": FORMAT, "step": step, "tokens": step * config.batch_size * config.context,
-             "config": dataclasses.asdict(config), "tokenizer": None, "tokenizer_sha256": None,
-             "versions": {package: version(package) for package in ("torch", "torch_xla", "safetensors")}}
-    if source := tokenizer_path(config):
-        content = source.read_bytes()
-        write_file(partial / "tokenizer.model", content)
-        state |= {"tokenizer": "tokenizer.model", "tokenizer_sha256": hashlib.sha256(content).hexdigest()}
-    write_file(partial / "state.json", json.dumps(state, indent=1).encode())
-    if directory.exists():  # of the same step, from before a resume
-        remove(directory)
-    partial.rename(directory)
-    flush(directory.parent)
-    for old in list_checkpoints(config.out_dir)[:-config.keep_checkpoints]:
-        remove(old)
+    try:
+        for name, content in others.items():
+            write_file(partial / name, content)
+        for name in tensors:
+            path = partial / f"{name}.safetensors"
+            safetensors.torch.save_file(tensors[name], path, {"format": "pt"})
+            shutil.copymode(partial / "metrics.jsonl", path)  # save_file leaves it readable to its owner only
+        paths = sorted(partial.iterdir())
+        with ThreadPoolExecutor() as threads:
+            digests = threads.map(sha256, paths)
+            for path in paths:  # the disk and the checksums take about as long: side by side
+                flush(path)
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": digest} for path, digest in zip(paths, digests)}
+        write_file(partial / "state.json", sealed(state | {"files": files}))
+        partial.rename(directory)
+        flush(directory.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk is not to stay full
+        raise
+
+
+class Saver:
+    """Saves the checkpoints of a run. Training waits for the copy from the device; a thread does the rest."""
+
+    def __init__(self, config, data_sha256, say):
+        self.config, self.data_sha256, self.say = config, data_sha256, say
+        self.directory = Path(config.out_dir, "checkpoints")
+        self.tokenizer = source.read_bytes() if (source := tokenizer_path(config)) else None
+        self.thread, self.job = ThreadPoolExecutor(1), None
+        self.seconds = num_parameters(config)[0] * 12 / 100e6  # the longest save; until there was one, at 100 MB/s
+        for leftover in [*self.directory.glob("step_*.partial"), *self.directory.glob("step_*.removed")]:
+            shutil.rmtree(leftover)  # of a run that was killed
+
+    def save(self, step, model, optimizer, metrics, last):
+        """Starts saving the checkpoint of `step` finished steps. metrics: the bytes of metrics.jsonl. If it fails, that is
+        told and training goes on; but if it is the last, `wait` raises."""
+        self.wait()  # for the one before, whose tensors would be a second copy in memory
+        started = time.perf_counter()
+        tensors = {file: {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+                   for file, tensors in tensors_of(model, optimizer).items()}
+        self.job = self.thread.submit(self.finish, step, tensors, metrics, last, started, time.perf_counter() - started)
+
+    def finish(self, step, tensors, metrics, last, started, copy_seconds):
+        """What is left to do when the tensors are on the CPU."""
+        config, directory = self.config, self.directory / f"step_{step:08d}"
+        others = {"metrics.jsonl": metrics} | ({"tokenizer.model": self.tokenizer} if self.tokenizer else {})
+        state = {"format": FORMAT, "step": step, "tokens": step * config.batch_size * config.context,
+                 "config": dataclasses.asdict(config), "data_sha256": self.data_sha256,
+                 "tokenizer": "tokenizer.model" if self.tokenizer else None,
+                 "tokenizer_sha256": hashlib.sha256(self.tokenizer).hexdigest() if self.tokenizer else None,
+                 "versions": {package: version(package) for package in ("torch", "torch_xla", "safetensors")}}
+        try:
+            write(directory, tensors, others, state)
+        except (OSError, safetensors.SafetensorError) as error:
+            newest = (list_checkpoints(config.out_dir) or ["none"])[-1]
+            message = f"step {step} is not saved: {error}; the newest checkpoint is {newest}"
+            if last:
+                raise UserError(message) from None
+            return self.say(f"warning: {message}; training goes on")
+        seconds = time.perf_counter() - started
+        self.seconds = max(self.seconds, seconds)
+        self.say(f"saved {directory} in {seconds:.1f} s; training waited {copy_seconds:.2f} s for the copy from the device")
+        if not tensors["optimizer"]["skipped"][1]:  # else this one may be no good, and an older one is still wanted
+            for old in list_checkpoints(config.out_dir)[:-config.keep_checkpoints]:
+                remove(old)
+
+    def wait(self):
+        """Waits for the save in progress."""
+        if self.job:
+            self.job.result()
 
 
 def remove(checkpoint):
     """Deletes it under another name, or a kill would leave half of it under the name of a whole one."""
-    doomed = checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.removed"))
-    shutil.rmtree(doomed)
+    doomed = checkpoint.with_name(f"{checkpoint.name}.removed")
+    with contextlib.suppress(FileNotFoundError):  # somebody was quicker
+        shutil.rmtree(checkpoint.rename(doomed))
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def load_tensors(checkpoint, name):
@@ -115,7 +278,7 @@ def restore(checkpoint, model, optimizer):
 
 def load_model(checkpoint, **changes):
     """The model of a checkpoint as a Llama on the CPU, its config under `changes`."""
-    config = read_state(checkpoint)["config"]
+    config = verify(checkpoint, ["model.safetensors"])["config"]
     shape = {field.name: config[field.name] for field in dataclasses.fields(ModelConfig)}
     model = Llama(ModelConfig(**shape | changes))
     try:
@@ -123,25 +286,3 @@ def load_model(checkpoint, **changes):
     except RuntimeError as error:
         raise UserError(f"{checkpoint}/model.safetensors does not fit the config in state.json: {error}") from None
     return model
-
-
-# What makes a run the same run is all but where things are, how often they happen and how a batch is cut up.
-MAY_CHANGE = ("out_dir data_dir train_glob val_glob tokenizer attention micro_batch_size peak_tflops log_every eval_every "
-              "eval_batches checkpoint_every keep_checkpoints resume").split()
-
-
-def checkpoint_to_resume(config):
-    """The checkpoint that a run with this config goes on from, or None for a new run."""
-    if config.resume == "never":
-        if Path(config.out_dir).exists() and any(Path(config.out_dir).iterdir()):
-            raise UserError(f"out_dir {config.out_dir} is not empty and resume=never; choose another out_dir")
-        return None
-    if config.resume == "auto" and not list_checkpoints(config.out_dir):
-        return None
-    checkpoint = find_checkpoint(config.out_dir if config.resume == "auto" else config.resume)
-    then = read_state(checkpoint)["config"]
-    changed = [f"{key} was {then.get(key)!r}, is {value!r}" for key, value in dataclasses.asdict(config).items()
-               if key not in MAY_CHANGE and then.get(key) != value]
-    if changed:
-        raise UserError(f"{checkpoint} is of another run: {'; '.join(changed)}. Put that back, or choose another out_dir")
-    return checkpoint

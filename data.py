@@ -21,8 +21,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
-import threading
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -31,72 +29,11 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from tqdm import tqdm
+
+from process import Progress, UserError, end_with_parent, flush, run_command, write_file
 
 TOKEN = np.dtype("<u2")
 LARGEST_VOCABULARY = 65_536  # what uint16 can name
-
-
-# --- mistakes of the user, and progress -------------------------------------------------------------------------------
-
-
-class UserError(Exception):
-    """A mistake the user can mend. The message says what was found, where, and what was expected."""
-
-
-def told(error):
-    """What to tell the user of a mistake of theirs, or of the operating system's word on a file; None for a bug."""
-    if isinstance(error, UserError):
-        return f"error: {error}"
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"error: {error.filename or 'writing'}: {error.strerror}"
-    return None
-
-
-def run_command(main):
-    """Calls main(). A mistake of the user's ends in its message on stderr and exit code 2; a bug in its traceback."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    except Exception as error:
-        if told(error) is None:
-            raise
-        print(told(error), file=sys.stderr)
-        sys.exit(2)
-
-
-class Progress(tqdm):
-    """A bar with an ETA on a terminal; elsewhere a plain line every 30 seconds."""
-
-    def __init__(self, total, unit, description):
-        self.plain = not sys.stderr.isatty()
-        super().__init__(total=total, unit=unit, desc=description, unit_scale=True, leave=False,
-                         mininterval=30 if self.plain else 0.1,
-                         bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]" if self.plain else None)
-
-    def display(self, msg=None, pos=None):
-        if not self.plain:
-            super().display(msg, pos)
-        elif 0 < self.n < self.total and msg != "":  # "": closing
-            print(self, file=sys.stderr, flush=True)
-
-
-def end_with_parent():
-    """In a spawned process: ends it when its parent ends, even by kill -9, instead of leaving it to work on unseen."""
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def end_on_interrupt(advice):
-    """Has Ctrl-C end this process at once, with `advice`, and (see above) those it spawns, which hang on to their work: an
-    exception would wait for them."""
-    def end(*_):
-        print(f"interrupted; {advice}", file=sys.stderr, flush=True)
-        os._exit(130)
-    signal.signal(signal.SIGINT, end)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -187,6 +124,13 @@ class Tokens:
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.num_tokens = int(self.ends[-1])
         self.num_windows = self.num_tokens // context
+
+    def sha256(self):
+        """Tells these tokens from others without reading all of them: of each shard's length and first and last 4 KB."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(np.int64(len(shard)).tobytes() + shard[:2_048].tobytes() + shard[-2_048:].tobytes())
+        return digest.hexdigest()
 
     def locate(self, position):
         """A position on the ring as (index of the shard, offset in it)."""
@@ -313,7 +257,7 @@ def open_data(config):
 
 
 def check_data(config):
-    """Raises for all that is wrong with shards and tokenizer, before any core starts."""
+    """Raises for all that is wrong with shards and tokenizer, before any core starts. Returns the training tokens."""
     train_tokens, val_tokens = open_data(config)
     if val_tokens:
         val_tokens.fixed_windows(config.eval_batches * config.batch_size)
@@ -322,6 +266,7 @@ def check_data(config):
         if size > config.vocab_size:
             raise UserError(f"{source} has {size:,} tokens and vocab_size is {config.vocab_size:,}; set vocab_size={size}")
     check_token_ids(train_tokens.paths + (val_tokens.paths if val_tokens else []), config.vocab_size)
+    return train_tokens
 
 
 # --- inspect ----------------------------------------------------------------------------------------------------------
@@ -539,27 +484,6 @@ def train_tokenizer(path, files, vocab_size, val_fraction, text_key):
         raise UserError(f"a vocabulary of {vocab_size:,} could not be trained on this text: "
                         f"{str(error).splitlines()[-1]}") from None
     write_file(Path(path), model.getvalue())
-
-
-def write_file(path, content):
-    """Writes bytes so that `path` is absent, old or complete, whatever happens, and complete means on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    flush(path.parent)
-
-
-def flush(path):
-    """Has the disk store a file's bytes, or a directory's names (a file's own flush does not make its name durable)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class ShardWriter:

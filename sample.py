@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from checkpoint import find_checkpoint, list_checkpoints, load_model, read_state
-from data import UserError, load_tokenizer, run_command
+from data import load_tokenizer
 from model import KVCache
+from process import UserError, run_command
 
 
 def pick(logits, temperature, top_k, top_p, generator):

@@ -23,11 +23,9 @@ import inspect
 import json
 import math
 import re
-import tempfile
 import threading
 import time
 import traceback
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +38,9 @@ import torch_xla.runtime as xr
 from tqdm import tqdm
 
 import data
-from checkpoint import checkpoint_to_resume, read_state, restore, save
-from data import UserError
+from checkpoint import Saver, checkpoint_to_resume, read_state, restore
 from model import Llama, ModelConfig, flops_per_token, num_parameters
+from process import UserError, run_command, run_on_all_cores, write_file
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -67,18 +65,21 @@ class Config(ModelConfig):
     dtype: str = "bfloat16"  # of matmuls: bfloat16 | float32 (a TPU rounds those to bfloat16 too); all else is float32
     peak_tflops: float = 197.0  # of one core in bfloat16, for mfu: 197 is a TPU v5e
     seed: int = 0  # of the initial weights and of the order of the data
-    log_every: int = 10  # steps between rows in metrics.jsonl; step 1 has one too
+    log_every: int = 10  # steps between rows in metrics.jsonl (step 1 has one too), and between looks for a wish to stop
     eval_every: int = 1_000  # steps between evaluations, and one at the end; 0 never evaluates
     eval_batches: int = 8  # batches of batch_size windows in an evaluation
     checkpoint_every: int = 1_000  # steps between checkpoints, and one at the end; 0 saves only that one
     keep_checkpoints: int = 2  # newest checkpoints kept
+    max_hours: float = 0.0  # stop in time to have saved after so many hours, startup included; 0 does not
+    max_skipped: int = 10  # updates in a row that may be left out for a loss or gradient that is not finite, before giving up
     resume: str = "auto"  # auto: go on from the newest checkpoint in out_dir | never: refuse a used out_dir | a checkpoint
 
 
 RULES = (  # keys, what must hold for each, the same in words
     ("dim n_layers n_heads hidden_dim context batch_size micro_batch_size max_steps log_every eval_batches keep_checkpoints",
      lambda x: x >= 1, "at least 1"),
-    ("warmup_steps seed eval_every checkpoint_every min_lr weight_decay grad_clip", lambda x: 0 <= x < math.inf, "at least 0"),
+    ("warmup_steps seed eval_every checkpoint_every min_lr weight_decay grad_clip max_hours max_skipped",
+     lambda x: 0 <= x < math.inf, "at least 0"),
     ("rope_theta norm_eps learning_rate peak_tflops", lambda x: 0 < x < math.inf, "more than 0"),
     ("beta1 beta2", lambda x: 0 <= x < 1, "from 0 to below 1"),
     ("vocab_size", lambda x: 2 <= x <= data.LARGEST_VOCABULARY, f"from 2 to {data.LARGEST_VOCABULARY} (shards are uint16)"),
@@ -163,11 +164,16 @@ class AdamW(torch.optim.Optimizer):
     torch.optim.AdamW would do, but for XLA: it keeps its hyper-parameters as Python numbers, which end up as constants of
     the graph when they are 0 or 1, so that a schedule compiles the step anew in the middle of a run. Here what changes
     from step to step comes in one small tensor, and the moments exist from the start: one graph, whatever the step.
+
+    An update whose loss or gradient is not finite is left out: weights and moments stay, and `skipped` [2] counts such
+    updates, all of them and those in a row. An `if` would have to read the device; so the graph computes with a learning
+    rate and weights of 0 instead.
     """
 
     def __init__(self, parameters, config):
         self.config = config
         super().__init__(list(parameters), {})
+        self.skipped = torch.zeros(2, device=self.param_groups[0]["params"][0].device)
         for p in self.param_groups[0]["params"]:
             p.grad = torch.zeros_like(p)  # see zero_grad in train_step
             self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -178,25 +184,31 @@ class AdamW(torch.optim.Optimizer):
                              1 - self.config.beta2 ** (step + 1)])
 
     @torch.no_grad()
-    def step(self, schedule):
-        """Updates the parameters and returns the gradient's norm before clipping, without reading either.
+    def step(self, schedule, loss):
+        """Updates the parameters and returns the gradient's norm before clipping, without reading either. loss: the mean
+        over all cores, only to see whether it is finite.
 
         xm.optimizer_step calls this after it has averaged the gradients over the cores. Clipping belongs here, behind
         the average: clipped before it, each core would shrink its own gradient by another factor.
         """
         lr, correction1, correction2 = schedule.unbind()
-        beta1, beta2, eps = self.config.beta1, self.config.beta2, 1e-8
         parameters = self.param_groups[0]["params"]
         grad_norm = torch.stack([p.grad.square().sum() for p in parameters]).sum().sqrt()
         scale = (self.config.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0) if self.config.grad_clip else 1.0
+        finite = (grad_norm + loss).isfinite()
+        zero = torch.zeros_like(grad_norm)
+        lr, weight1, weight2 = (torch.where(finite, x, zero) for x in (lr, 1 - self.config.beta1, 1 - self.config.beta2))
+        memory1, memory2, decay, step_size = 1 - weight1, 1 - weight2, 1 - lr * self.config.weight_decay, lr / correction1
         for p in parameters:
-            grad = p.grad * scale
+            grad = torch.where(finite, p.grad * scale, zero)  # 0 * nan would be nan
             exp_avg, exp_avg_sq = self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]
-            exp_avg.lerp_(grad, 1 - beta1)
-            exp_avg_sq.lerp_(grad.square(), 1 - beta2)
+            exp_avg.mul_(memory1).add_(grad * weight1)
+            exp_avg_sq.mul_(memory2).add_(grad.square() * weight2)
             if p.dim() >= 2:  # matrices; a norm's weight has no reason to be small
-                p.mul_(1 - lr * self.config.weight_decay)
-            p.sub_(lr / correction1 * exp_avg / ((exp_avg_sq / correction2).sqrt() + eps))
+                p.mul_(decay)
+            p.sub_(step_size * exp_avg / ((exp_avg_sq / correction2).sqrt() + 1e-8))
+        (total, in_a_row), bad = self.skipped.unbind(), 1 - finite.float()
+        self.skipped.copy_(torch.stack([total + bad, (in_a_row + bad) * bad]))
         return grad_norm
 
 
@@ -206,55 +218,80 @@ class AdamW(torch.optim.Optimizer):
 class Log:
     """metrics.jsonl for programs, one aligned line for people, and on a terminal a bar with the time that is left.
 
-    A number that the device is still computing is not waited for: `training` keeps it, and `flush` reads it a step later,
-    while the device is busy with that step.
+    All cores read the reports of the steps, since what these say of stopping concerns them all; core 0 writes. A report
+    that the device is still computing is not waited for: it is kept in `pending`, and read a step later, while the device
+    is busy with that step.
     """
 
-    def __init__(self, config, first_step):
-        self.config = config
+    def __init__(self, config, checkpoint, first_step):
+        self.config, self.writes = config, xr.global_ordinal() == 0
         self.path = Path(config.out_dir, "metrics.jsonl")
-        rows = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= first_step]
-        data.write_file(self.path, "".join(kept).encode())
+        self.rows = bytearray(Path(checkpoint, "metrics.jsonl").read_bytes() if checkpoint else b"")
+        if self.writes:  # each step is in it once: what a run logged after its last checkpoint happens again
+            write_file(self.path, self.rows)
         tqdm.set_lock(threading.RLock())  # its default is a semaphore between processes, reported as leaked if this one ends
         self.bar = tqdm(total=config.max_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False,
-                        disable=not sys.stderr.isatty())
-        self.pending, self.host_seconds = None, 0.0
+                        disable=not (self.writes and sys.stderr.isatty()))
+        self.pending, self.interval, self.diverged, self.unwritten = None, 0.0, "", False
         self.restart_clock(first_step)
 
-    def restart_clock(self, step):
+    def restart_clock(self, step, host_seconds=0.0):
         """Begins the interval that the next row's speed is of; what happened before it does not count."""
-        self.since_step, self.since = step, time.perf_counter()
+        self.since_step, self.since, self.host_seconds = step, time.perf_counter(), host_seconds
 
-    def training(self, step, loss, grad_norm):
-        self.pending = step, loss, grad_norm, self.host_seconds
-        self.host_seconds = 0.0
+    def expect(self, step, report):
+        self.pending, self.host_seconds = (step, report, self.host_seconds), 0.0
 
-    def flush(self):
+    def read(self):
+        """Reads the report that is pending, if any. Returns whether all cores stop now."""
         if self.pending is None:
-            return
-        step, loss, grad_norm, host_seconds = self.pending
-        self.pending = None
-        config, loss, grad_norm = self.config, loss.item(), grad_norm.item()
-        if not math.isfinite(loss + grad_norm):  # before it is saved over the good checkpoints
-            raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}: diverged; start with a lower learning_rate")
-        steps, seconds = step - self.since_step, time.perf_counter() - self.since
+            return False
+        (step, report, host_seconds), self.pending = self.pending, None
+        loss, grad_norm, skipped, skipped_in_a_row, stops = report.tolist()
+        self.interval = time.perf_counter() - self.since
+        if self.writes and (step == 1 or due(step, self.config.log_every, self.config)):
+            self.training(step, loss, grad_norm, int(skipped), host_seconds)
+        self.restart_clock(step, self.host_seconds)
+        if skipped_in_a_row > self.config.max_skipped:
+            self.diverged = (f"step {step}: loss {loss}, gradient norm {grad_norm}, {skipped_in_a_row:.0f} updates skipped in "
+                             "a row: diverged; start again with a lower learning_rate")
+        return bool(stops or self.diverged)
+
+    def training(self, step, loss, grad_norm, skipped, host_seconds):
+        config, steps, seconds = self.config, step - self.since_step, self.interval
         tokens_per_s = steps * config.batch_size * config.context / seconds
         mfu = tokens_per_s * flops_per_token(config) / (config.peak_tflops * 1e12 * xr.world_size())
         row = {"step": step, "loss": loss, "lr": learning_rate(step - 1, config), "grad_norm": grad_norm,
                "tokens": step * config.batch_size * config.context, "tokens_per_s": tokens_per_s,
                "step_ms": 1e3 * seconds / steps, "host_ms": 1e3 * host_seconds / steps,
-               "mfu": mfu if xr.device_type() == "TPU" else None, "compiles": met.metric_data("CompileTime")[0]}
+               "mfu": mfu if xr.device_type() == "TPU" else None, "compiles": met.metric_data("CompileTime")[0],
+               "skipped": skipped}
         self.write(row, "loss {loss:7.4f} | lr {lr:.2e} | grad norm {grad_norm:6.3f} | "
                         "{step_ms:7.1f} ms (host {host_ms:5.1f}) | {tokens_per_s:9,.0f} tok/s" +
-                        (" | mfu {mfu:.1%}" if row["mfu"] else ""))
+                        (" | mfu {mfu:.1%}" if row["mfu"] else "") + (" | {skipped} updates skipped" if skipped else ""))
         self.bar.update(step - self.bar.n)
-        self.restart_clock(step)
+
+    def evaluation(self, step, val_loss):
+        if self.writes:
+            self.write({"step": step, "val_loss": val_loss}, "val loss {val_loss:.4f}")
 
     def write(self, row, line):
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        self.bar.write(f"step {row['step']:6d}/{self.config.max_steps} | {line.format(**row)}", file=sys.stdout)
+        finite = {key: value if value is None or math.isfinite(value) else None for key, value in row.items()}  # as in JSON
+        self.rows += (addition := json.dumps(finite).encode() + b"\n")
+        try:
+            if self.unwritten:
+                write_file(self.path, self.rows)
+            else:
+                with self.path.open("ab") as file:
+                    file.write(addition)
+            self.unwritten = False
+        except OSError as error:  # a full disk ends no run
+            self.unwritten = True
+            self.say(f"warning: step {row['step']} is not in {self.path}: {error}; training goes on")
+        self.say(f"step {row['step']:6d}/{self.config.max_steps} | {line.format(**row)}")
+
+    def say(self, line):
+        self.bar.write(line, file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -267,10 +304,11 @@ def forward(model, tokens, config):
         return model(tokens[:, :-1], targets=tokens[:, 1:])
 
 
-def train_step(model, optimizer, batch, step, zero, config):
+def train_step(model, optimizer, batch, step, stop, zero, config):
     """One optimiser step on this core's windows, batch [n, T + 1] on the host: accumulates the gradients of the
-    micro-batches, averages them over the cores, clips, updates. Returns the mean loss over all cores and the gradient
-    norm as tensors on the device, which nobody has waited for. zero: a 0 on the device.
+    micro-batches, averages them over the cores, clips, updates. Returns a report that nobody has waited for, a tensor [5]
+    on the device: mean loss over all cores, gradient norm, updates skipped so far and in a row, and the number of cores
+    on which `stop` is true. zero: a 0 on the device.
 
     Gradients are set to zero after the last micro-batch, not before the first: so the first one adds to buffers like all
     others and runs the same graph. A gradient of None, or a fresh torch.zeros for the loss, would be a second graph.
@@ -283,12 +321,14 @@ def train_step(model, optimizer, batch, step, zero, config):
         total = total + loss.detach()
         if i + 1 < len(micro_batches):
             torch_xla.sync()
+    stop = torch.tensor(float(stop)).to(zero.device)
+    loss, stops = xm.all_reduce(xm.REDUCE_SUM, torch.stack([total / xr.world_size(), stop])).unbind()
     schedule = optimizer.schedule(step).to(zero.device)
-    grad_norm = xm.optimizer_step(optimizer, optimizer_args={"schedule": schedule})
+    grad_norm = xm.optimizer_step(optimizer, optimizer_args={"schedule": schedule, "loss": loss})
     optimizer.zero_grad(set_to_none=False)
-    mean_loss = xm.all_reduce(xm.REDUCE_SUM, total, scale=1 / xr.world_size())
+    report = torch.stack([loss, grad_norm, *optimizer.skipped.unbind(), stops])
     torch_xla.sync()
-    return mean_loss, grad_norm
+    return report
 
 
 @torch.no_grad()
@@ -304,8 +344,9 @@ def evaluate(model, windows, zero, config):
     return mean_loss.item()
 
 
-def worker(config, checkpoint):
-    """The training run, as each core runs it. Cores differ in the windows they read, and core 0 also writes."""
+def worker(config, checkpoint, deadline, stop_wanted):
+    """The training run, as each core runs it. Cores differ in the windows they read, and core 0 also writes. It ends
+    early if stop_wanted() on any core, or if by time.monotonic() there is just time to save before the deadline."""
     rank, cores, device = xr.global_ordinal(), xr.world_size(), torch_xla.device()
     if config.batch_size % (cores * config.micro_batch_size):
         raise UserError(f"batch_size = {config.batch_size} is not a multiple of {cores} cores x micro_batch_size = "
@@ -320,31 +361,38 @@ def worker(config, checkpoint):
     first_step = restore(checkpoint, model, optimizer) if checkpoint else 0
     zero = torch.zeros((), device=device)
     torch_xla.sync()  # from here on weights, moments, gradients and zero are buffers, not recipes
-    log = Log(config, first_step) if rank == 0 else None
+    log = Log(config, checkpoint, first_step)
+    if rank == 0:
+        saver = Saver(config, train_tokens.sha256(), log.say)
+        log.say((f"going on from {checkpoint}" if checkpoint else "starting") + " (compiling the first step takes a while)")
 
     for step in range(first_step, config.max_steps):
         started = time.perf_counter()
-        batch = train_tokens.train_batch(step, config.batch_size, config.seed, rank, cores)
-        loss, grad_norm = train_step(model, optimizer, torch.from_numpy(batch), step, zero, config)
+        batch = torch.from_numpy(train_tokens.train_batch(step, config.batch_size, config.seed, rank, cores))
+        late = rank == 0 and time.monotonic() + 2 * (log.interval + saver.seconds) > deadline
+        report = train_step(model, optimizer, batch, step, late or stop_wanted(), zero, config)
+        log.host_seconds += time.perf_counter() - started
         done = step + 1
+        stopping = log.read()  # an earlier step's report, while the device works on this step
+        if step == first_step or due(done, config.log_every, config):
+            log.expect(done, report)
         evaluating, saving = val_tokens and due(done, config.eval_every, config), due(done, config.checkpoint_every, config)
-        if log:
-            log.host_seconds += time.perf_counter() - started
-            log.flush()  # an earlier step's numbers, while the device works on this step
-            if done == 1 or due(done, config.log_every, config):
-                log.training(done, loss, grad_norm)
-        if not (evaluating or saving):
+        if not (evaluating or saving or stopping):
             continue
-        if log:
-            log.flush()
+        stopping |= log.read()
         if evaluating:
-            val_loss = evaluate(model, val_windows, zero, config)
-            if log:
-                log.write({"step": done, "val_loss": val_loss}, "val loss {val_loss:.4f}")
-        if saving and log:
-            save(config, done, model, optimizer)
-        if log:
-            log.restart_clock(done)
+            log.evaluation(done, evaluate(model, val_windows, zero, config))
+        if rank == 0 and (saving or stopping) and not log.diverged:
+            saver.save(done, model, optimizer, bytes(log.rows), last=stopping or done == config.max_steps)
+        log.restart_clock(done)
+        if stopping:
+            break
+    if rank == 0:
+        saver.wait()
+        if log.diverged:
+            raise UserError(log.diverged)
+        if done < config.max_steps:
+            log.say(f"stopped after step {done}; to go on: the same command" + " with --resume=auto" * (config.resume != "auto"))
 
 
 def due(done, every, config):
@@ -352,23 +400,8 @@ def due(done, every, config):
     return done == config.max_steps or (every and done % every == 0)
 
 
-def guarded_worker(index, config, checkpoint, failure):
-    """Runs `worker`. The others would wait in the next all-reduce for ever for a core that failed: so the first to fail
-    says why, in the file `failure` and on stderr, and ends its process, at which xmp.spawn ends all."""
-    data.end_with_parent()
-    try:
-        worker(config, checkpoint)
-    except BaseException as error:
-        try:
-            with open(failure, "x") as file:  # x: by one core only
-                print(data.told(error) or traceback.format_exc(), file=sys.stderr, flush=True)
-                file.write("2" if data.told(error) else "1")
-        except FileExistsError:
-            time.sleep(5)  # another was first: let it finish its sentence
-        os._exit(1)
-
-
 def main():
+    session_start = time.monotonic()
     if "--help" in sys.argv or "-h" in sys.argv:
         return print_help()
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
@@ -380,8 +413,8 @@ def main():
                             "dtype=bfloat16 computes in bfloat16 and keeps those in float32")
     if config.attention == "flash" and xr.device_type() != "TPU":
         raise UserError(f"attention = 'flash' runs on a TPU and this is a {xr.device_type()}; use --attention=math")
-    data.check_data(config)
-    checkpoint = checkpoint_to_resume(config)
+    train_tokens = data.check_data(config)
+    checkpoint = checkpoint_to_resume(config, train_tokens.sha256())
     total, in_matmuls = num_parameters(config)
     tokens = config.batch_size * config.context
     print(f"{total:,} parameters, {in_matmuls:,} of them in matmuls | {config.max_steps:,} steps x {tokens:,} tokens "
@@ -390,15 +423,8 @@ def main():
         return print(f"{checkpoint} is the end of this run: nothing to do")
     if not data.tokenizer_path(config):
         print("no tokenizer is known for this data, so sample.py will have none; name one with --tokenizer=PATH")
-    print(f"going on from {checkpoint}" if checkpoint else "starting", "(compiling the first step takes a while)", flush=True)
-    with tempfile.TemporaryDirectory() as directory:
-        failure = Path(directory, "exit_code")
-        data.end_on_interrupt("the same command goes on from the newest checkpoint, if there is one")
-        try:
-            xmp.spawn(guarded_worker, args=(config, checkpoint, failure))
-        except BrokenProcessPool:
-            sys.exit(int(failure.read_text() or 1) if failure.exists() else "a worker process was killed, perhaps for memory")
+    run_on_all_cores(xmp.spawn, worker, config, checkpoint, session_start + 3600 * (config.max_hours or math.inf))
 
 
 if __name__ == "__main__":
-    data.run_command(main)
+    run_command(main)

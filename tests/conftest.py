@@ -10,6 +10,8 @@ import pytest
 os.environ["PJRT_DEVICE"] = "CPU"  # before anything imports torch_xla
 import torch_xla
 
+from process import run_command
+
 torch_xla.device()  # autograd counts the devices at its first backward, and must find the XLA device among them
 ROOT = Path(__file__).parent.parent
 
@@ -31,15 +33,46 @@ def rows(out_dir):
     return [row for row in parsed if "loss" in row], [row for row in parsed if "val_loss" in row]
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def write_tiny(directory, **changes):
     """A config file for a model that trains in seconds, and shards whose next token can partly be learned."""
-    directory = tmp_path_factory.mktemp("tiny")
     noise = np.random.default_rng(0)
     tokens = np.cumsum(noise.choice([1, 2, 3, 29], 40_000, p=[0.7, 0.1, 0.1, 0.1])) % TINY["vocab_size"]
     tokens[:20_000].astype("<u2").tofile(directory / "train_00000.bin")
     tokens[20_000:36_000].astype("<u2").tofile(directory / "train_00001.bin")
     tokens[36_000:].astype("<u2").tofile(directory / "val_00000.bin")
     config = directory / "tiny.py"
-    config.write_text("".join(f"{key} = {value!r}\n" for key, value in (TINY | {"data_dir": str(directory)}).items()))
+    values = TINY | {"data_dir": str(directory)} | changes
+    config.write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()))
     return config
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def straight(tiny, tmp_path_factory):
+    """The out_dir of an uninterrupted run, through the real command."""
+    out_dir = tmp_path_factory.mktemp("straight")
+    code, out, err = run("train.py", tiny, f"--out_dir={out_dir}", "--log_every=2", "--checkpoint_every=4")
+    assert code == 0, err
+    (out_dir / "stdout").write_text(out)
+    return out_dir
+
+
+@pytest.fixture
+def fails_with(monkeypatch, capsys):
+    """Runs train.py's main in this process, which is quick, expects exit code 2 and returns the one line on stderr."""
+    import train
+
+    def run_main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        monkeypatch.setattr(train, "run_on_all_cores", lambda *args: pytest.fail("training was started"))
+        with pytest.raises(SystemExit) as exit:
+            run_command(train.main)
+        message = capsys.readouterr().err
+        lines = [line for line in message.splitlines() if "checking token ids" not in line]
+        assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), message
+        return message
+    return run_main

@@ -5,9 +5,10 @@
 On a TPU a replica is a process with a core of its own. On the CPU backend they are threads of one process that share an
 executor, and torch_xla.sync() as it stands would deadlock; `sync` below is the same with the waiting it needs. Each
 replica prints the sha256 of its final weights. BREAK=clip in the environment clips each core's own gradient before the
-all-reduce instead of the average after it: what a test has to notice.
+all-reduce instead of the average after it: what a test has to notice; BREAK=nan makes one replica's loss at step 5 nan.
 """
 import hashlib
+import math
 import os
 import sys
 import threading
@@ -26,13 +27,14 @@ import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 import torch_xla.runtime as xr
 
+import process
 import train
-from data import run_command
 
 BARRIER = threading.Barrier(REPLICAS)
 SUBMITTED = threading.Event()
 BEFORE = [0]
 MODELS = threading.local()
+guarded_worker = process.guarded_worker
 
 
 def graphs_seen():
@@ -74,6 +76,16 @@ def clip_then_reduce(reduce_gradients):
     return wrong
 
 
+def nan_at_step_5(train_step):
+    def wrong(model, optimizer, batch, step, stop, zero, config):
+        nan = torch.full_like(zero, math.nan)
+        sync()
+        if step == 4 and xr.global_ordinal() == 1:
+            zero = nan
+        return train_step(model, optimizer, batch, step, stop, zero, config)
+    return wrong
+
+
 def remember_model(config, seed, make=train.Llama):
     MODELS.mine = make(config, seed)
     return MODELS.mine
@@ -86,8 +98,8 @@ class RememberGradients(train.AdamW):
         MODELS.small = weight, weight.grad
 
 
-def replica(index, config, checkpoint, failure):
-    train.guarded_worker(index, config, checkpoint, failure)
+def replica(index, *arguments):
+    guarded_worker(index, *arguments)
     digest = hashlib.sha256()
     for parameter in MODELS.mine.parameters():
         digest.update(parameter.detach().cpu().numpy().tobytes())
@@ -99,8 +111,10 @@ train.Llama, train.AdamW = remember_model, RememberGradients
 
 if os.environ.get("BREAK") == "clip":
     xm.reduce_gradients = clip_then_reduce(xm.reduce_gradients)
+elif os.environ.get("BREAK") == "nan":
+    train.train_step = nan_at_step_5(train.train_step)
 
 if __name__ == "__main__":
-    train.guarded_worker = replica
+    process.guarded_worker = replica
     sys.argv = ["train.py", *sys.argv[2:]]
-    run_command(train.main)
+    process.run_command(train.main)

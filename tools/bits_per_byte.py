@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import find_checkpoint, load_model, read_state
-from data import TOKEN, Progress, UserError, find_shards, load_tokenizer, run_command
+from data import TOKEN, find_shards, load_tokenizer
+from process import Progress, UserError, run_command
 
 
 @torch.inference_mode()

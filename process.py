@@ -1,0 +1,159 @@
+"""What the commands have in common: a mistake is told in one sentence, progress is shown, files are written whole or not at
+all, and several processes start, stop and fail together.
+"""
+import multiprocessing
+import multiprocessing.resource_tracker
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message says what was found, where, and what was expected."""
+
+
+def told(error):
+    """What to tell the user of a mistake of theirs, or of the operating system's word on a file; None for a bug."""
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"error: {error.filename or 'writing'}: {error.strerror}"
+    return None
+
+
+def run_command(main):
+    """Calls main(). A mistake of the user's ends in its message on stderr and exit code 2; a bug in its traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except Exception as error:
+        if told(error) is None:
+            raise
+        print(told(error), file=sys.stderr)
+        sys.exit(2)
+
+
+class Progress(tqdm):
+    """A bar with an ETA on a terminal; elsewhere a plain line every 30 seconds."""
+
+    def __init__(self, total, unit, description):
+        self.plain = not sys.stderr.isatty()
+        super().__init__(total=total, unit=unit, desc=description, unit_scale=True, leave=False,
+                         mininterval=30 if self.plain else 0.1,
+                         bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]" if self.plain else None)
+
+    def display(self, msg=None, pos=None):
+        if not self.plain:
+            super().display(msg, pos)
+        elif 0 < self.n < self.total and msg != "":  # "": closing
+            print(self, file=sys.stderr, flush=True)
+
+
+def write_file(path, content):
+    """Writes bytes so that `path` is absent, old or complete, whatever happens, and complete means on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    flush(path.parent)
+
+
+def flush(path):
+    """Has the disk store a file's bytes, or a directory's names (a file's own flush does not make its name durable)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
+
+
+def end_with_parent():
+    """In a spawned process: ends it when its parent ends, even by kill -9, instead of leaving it to work on unseen. Where
+    it was started with STOP_SIGNALS blocked, it ends as well when its parent sends one, and when others do it goes on."""
+    parent = multiprocessing.parent_process().pid
+
+    def watch():
+        while os.getppid() == parent:
+            received = signal.sigtimedwait(STOP_SIGNALS, 0.5)
+            if received and received.si_pid == parent:
+                break
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def end_on_interrupt(advice):
+    """Has Ctrl-C end this process at once, with `advice`, and (see above) those it spawns, which hang on to their work: an
+    exception would wait for them."""
+    def end(*_):
+        print(f"interrupted; {advice}", file=sys.stderr, flush=True)
+        os._exit(130)
+    signal.signal(signal.SIGINT, end)
+
+
+def guarded_worker(index, worker, arguments, directory):
+    """Calls worker(*arguments, stop_wanted). The others would wait in the next all-reduce for ever for a core that failed:
+    so the first to fail says why, on stderr and by its exit code in a file in `directory`, and ends its process, at which
+    run_on_all_cores ends all."""
+    end_with_parent()
+    try:
+        worker(*arguments, Path(directory, "stop").exists)
+    except BaseException as error:
+        try:
+            with Path(directory, "exit_code").open("x") as file:  # x: by one core only
+                print(told(error) or traceback.format_exc(), file=sys.stderr, flush=True)
+                file.write("2" if told(error) else "1")
+        except FileExistsError:
+            time.sleep(5)  # another was first: let it finish its sentence
+        os._exit(1)
+
+
+def run_on_all_cores(spawn, worker, *arguments):
+    """Has spawn(function, arguments), which is xmp.spawn, call worker(*arguments, stop_wanted) on each core, and waits for
+    the end. After SIGINT (Ctrl-C) or SIGTERM, stop_wanted() is true everywhere; a second SIGINT ends all at once."""
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(1) as thread:
+        stop, exit_code = Path(directory, "stop"), Path(directory, "exit_code")
+
+        def ask_to_stop(number, _):
+            if number == signal.SIGINT and stop.exists():
+                print("ended without saving; the newest checkpoint is as it was", file=sys.stderr, flush=True)
+                os._exit(130)
+            stop.touch()
+            print(f"{signal.Signals(number).name}: stopping after the next logged step, which is saved; Ctrl-C ends at once",
+                  file=sys.stderr, flush=True)
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, ask_to_stop)
+        # Workers must not get these signals, which a terminal sends to every process. Who is blocked hands that on to the
+        # threads and processes it starts; so the workers are started by a blocked thread, while this one listens.
+        multiprocessing.resource_tracker.ensure_running()  # or spawn starts it, which would unblock them again
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        spawned = thread.submit(spawn, guarded_worker, (worker, arguments, directory))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        workers = set()
+        while wait([spawned], timeout=0.2).not_done:
+            workers.update(multiprocessing.active_children())
+            if any(process.exitcode for process in workers):  # the executor in xmp.spawn may miss the end of a process that
+                for process in workers:  # it started late (it waits for those it knew when it began to), but not of all
+                    process.terminate()
+        try:
+            spawned.result()
+        except BrokenProcessPool:
+            sys.exit(int(exit_code.read_text() or 1) if exit_code.exists() else "a worker was killed, perhaps for memory")
