@@ -202,6 +202,7 @@ class Saver:
         self.directory = Path(config.out_dir, "checkpoints")
         self.tokenizer = source.read_bytes() if (source := tokenizer_path(config)) else None
         self.thread, self.job = ThreadPoolExecutor(1), None
+        self.host = {}  # what is being saved, by file and name: memory that is allocated once
         self.seconds = num_parameters(config)[0] * 12 / 100e6  # the longest save; until there was one, at 100 MB/s
         for leftover in [*self.directory.glob("step_*.partial"), *self.directory.glob("step_*.removed")]:
             shutil.rmtree(leftover)  # of a run that was killed
@@ -209,14 +210,16 @@ class Saver:
     def save(self, step, model, optimizer, metrics, last):
         """Starts saving the checkpoint of `step` finished steps. metrics: the bytes of metrics.jsonl. If it fails, that is
         told and training goes on; but if it is the last, `wait` raises."""
-        self.wait()  # for the one before, whose tensors would be a second copy in memory
+        self.wait()  # for the one before, which needs `host` as it is
         started = time.perf_counter()
-        tensors = {file: {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-                   for file, tensors in tensors_of(model, optimizer).items()}
-        self.job = self.thread.submit(self.finish, step, tensors, metrics, last, started, time.perf_counter() - started)
+        for file, tensors in tensors_of(model, optimizer).items():
+            host = self.host.setdefault(file, {key: torch.empty(tensor.shape) for key, tensor in tensors.items()})
+            for key, tensor in tensors.items():
+                host[key].copy_(tensor.detach())
+        self.job = self.thread.submit(self.finish, step, metrics, last, started, time.perf_counter() - started)
 
-    def finish(self, step, tensors, metrics, last, started, copy_seconds):
-        """What is left to do when the tensors are on the CPU."""
+    def finish(self, step, metrics, last, started, copy_seconds):
+        """What is left to do when all is in the host's memory."""
         config, directory = self.config, self.directory / f"step_{step:08d}"
         others = {"metrics.jsonl": metrics} | ({"tokenizer.model": self.tokenizer} if self.tokenizer else {})
         state = {"format": FORMAT, "step": step, "tokens": step * config.batch_size * config.context,
@@ -225,7 +228,7 @@ class Saver:
                  "tokenizer_sha256": hashlib.sha256(self.tokenizer).hexdigest() if self.tokenizer else None,
                  "versions": {package: version(package) for package in ("torch", "torch_xla", "safetensors")}}
         try:
-            write(directory, tensors, others, state)
+            write(directory, self.host, others, state)
         except (OSError, safetensors.SafetensorError) as error:
             newest = (list_checkpoints(config.out_dir) or ["none"])[-1]
             message = f"step {step} is not saved: {error}; the newest checkpoint is {newest}"
@@ -235,7 +238,7 @@ class Saver:
         seconds = time.perf_counter() - started
         self.seconds = max(self.seconds, seconds)
         self.say(f"saved {directory} in {seconds:.1f} s; training waited {copy_seconds:.2f} s for the copy from the device")
-        if not tensors["optimizer"]["skipped"][1]:  # else this one may be no good, and an older one is still wanted
+        if not self.host["optimizer"]["skipped"][1]:  # else this one may be no good, and an older one is still wanted
             for old in list_checkpoints(config.out_dir)[:-config.keep_checkpoints]:
                 remove(old)
 

@@ -1,6 +1,9 @@
 """What the commands have in common: a mistake is told in one sentence, progress is shown, files are written whole or not at
-all, and several processes start, stop and fail together.
+all, settings are checked, and several processes start, stop and fail together.
 """
+import contextlib
+import dataclasses
+import difflib
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
@@ -78,6 +81,44 @@ def flush(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def read_assignments(config_class, path, overrides):
+    """{key: value} of the assignments in the Python file `path`, under overrides like "--key=value"; the keys and their
+    types are those of the dataclass config_class."""
+    values = {}
+    try:
+        exec(compile(Path(path).read_text(encoding="utf-8"), str(path), "exec"), values)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} can't be read: {error}") from None
+    except Exception as error:
+        line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+    types = {field.name: field.type for field in dataclasses.fields(config_class)}
+    values = {key: typed(types, key, value, path) for key, value in values.items() if not key.startswith("__")}
+    for argument in overrides:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals:
+            raise UserError(f"{argument}: expected --key=value; --help lists the keys")
+        values[key] = typed(types, key, value, "the command line", parse=True)
+    return values
+
+
+def typed(types, key, value, where, parse=False):
+    """`value`, if types has `key` and value is of its type; with `parse`, value is a string to make it of."""
+    if key not in types:
+        nearest = difflib.get_close_matches(key, types, n=1, cutoff=0)[0]
+        raise UserError(f"{where}: there is no key {key!r}; the nearest is {nearest!r}")
+    kind = types[key]
+    if parse or (kind is float and type(value) is int):
+        with contextlib.suppress(ValueError):
+            value = kind(value)
+    if type(value) is not kind:
+        raise UserError(f"{where}: {key} = {value!r}, expected {kind.__name__}")
+    return value
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

@@ -16,16 +16,12 @@ if os.environ.get("TPU_PROCESS_ADDRESSES") == "local":  # Kaggle's image sets it
     for name in ("TPU_PROCESS_ADDRESSES", "CLOUD_TPU_TASK_ID"):  # one another; must be gone before torch_xla loads
         os.environ.pop(name, None)
 
-import contextlib
-import dataclasses
-import difflib
 import inspect
 import json
 import math
 import re
 import threading
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +36,7 @@ from tqdm import tqdm
 import data
 from checkpoint import Saver, checkpoint_to_resume, read_state, restore
 from model import Llama, ModelConfig, flops_per_token, num_parameters
-from process import UserError, run_command, run_on_all_cores, write_file
+from process import UserError, read_assignments, run_command, run_on_all_cores, write_file
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -90,36 +86,7 @@ RULES = (  # keys, what must hold for each, the same in words
 
 def load_config(path, overrides=()):
     """Defaults, under the assignments of the Python file `path`, under overrides like "--max_steps=100"."""
-    values = {}
-    try:
-        exec(compile(Path(path).read_text(encoding="utf-8"), str(path), "exec"), values)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} can't be read: {error}") from None
-    except Exception as error:
-        line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
-    values = {key: typed(key, value, path) for key, value in values.items() if not key.startswith("__")}
-    for argument in overrides:
-        key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
-            raise UserError(f"{argument}: expected --key=value; python train.py --help lists the keys")
-        values[key] = typed(key, value, "the command line", parse=True)
-    return check_config(values)
-
-
-def typed(key, value, where, parse=False):
-    """`value`, if `key` is a config key and the value has its type; with `parse`, value is a string to make it of."""
-    types = {field.name: field.type for field in dataclasses.fields(Config)}
-    if key not in types:
-        nearest = difflib.get_close_matches(key, types, n=1, cutoff=0)[0]
-        raise UserError(f"{where}: there is no key {key!r}; the nearest is {nearest!r}")
-    kind = types[key]
-    if parse or (kind is float and type(value) is int):
-        with contextlib.suppress(ValueError):
-            value = kind(value)
-    if type(value) is not kind:
-        raise UserError(f"{where}: {key} = {value!r}, expected {kind.__name__}")
-    return value
+    return check_config(read_assignments(Config, path, overrides))
 
 
 def check_config(values):
@@ -392,7 +359,8 @@ def worker(config, checkpoint, deadline, stop_wanted):
         if log.diverged:
             raise UserError(log.diverged)
         if done < config.max_steps:
-            log.say(f"stopped after step {done}; to go on: the same command" + " with --resume=auto" * (config.resume != "auto"))
+            resume = "" if config.resume == "auto" else " with --resume=auto"
+            log.say(f"stopped after step {done}; to go on: the same command{resume}")
 
 
 def due(done, every, config):

@@ -111,7 +111,7 @@ def test_what_does_not_define_the_run_may_change(tiny, straight, tmp_path):
 
 def test_a_run_stopped_in_every_way_ends_as_one_that_nobody_stopped(tiny, tmp_path):
     """Each stop saves, says how to go on, and exits with 0; then the same command goes on."""
-    common = "--max_steps=80", "--eval_every=5", "--eval_batches=15", "--keep_checkpoints=1"
+    common = "--max_steps=80", "--micro_batch_size=4", "--eval_every=5", "--eval_batches=15", "--keep_checkpoints=1"
     straight, out_dir = tmp_path / "straight", tmp_path / "stopped"
     assert run("train.py", tiny, f"--out_dir={straight}", *common)[0] == 0
     command = "train.py", tiny, f"--out_dir={out_dir}", *common

@@ -1,4 +1,4 @@
-"""Speed of the data path on this machine, next to what it could be. Ratios first: times differ between machines.
+"""Speed of data and checkpoints on this machine, next to what it could be. Ratios first: times differ between machines.
 
     python tools/bench.py            # or: make bench
 
@@ -6,10 +6,16 @@ prepare  tokens/s of `data.py prepare` (reading, encoding, writing), against Sen
          documents from memory with as many threads. Text: the demo's corpus, eight times.
 loader   milliseconds for a batch of 32 windows of 1,024 out of 10 billion tokens, and the memory that 1,000 of them cost.
          The shards are sparse files: opening and reading them costs what real ones in the page cache do.
+save     seconds that saving a checkpoint of config/fwedu_124m.py (1.6 GB) keeps training waiting, and seconds until it is on
+         the disk, against a plain copy of the same files (cp and fsync). The device is the CPU: its copy is one in memory.
+load     seconds to verify the checksums and to restore it, against the same copy.
 """
 import argparse
+import collections
+import dataclasses
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -20,8 +26,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import torch_xla
 
+import checkpoint
 import data
+import process
+import train
 
 
 def seconds(function, runs):
@@ -81,14 +91,57 @@ def bench_loader(directory, batches=1_000):
           f"out of {tokens.num_tokens:,} tokens")
 
 
+def bench_checkpoint(directory, runs):
+    config = dataclasses.replace(train.load_config("config/fwedu_124m.py"), out_dir=str(directory), data_dir=str(directory))
+    model = train.Llama(config, seed=0).to(torch_xla.device())
+    optimizer = train.AdamW(model.parameters(), config)
+    torch_xla.sync()
+    saver = checkpoint.Saver(config, "", lambda line: None)
+    times = collections.defaultdict(list)
+
+    def timed(name, function, *arguments):
+        os.sync()
+        started = time.perf_counter()
+        function(*arguments)
+        times[name].append(time.perf_counter() - started)
+
+    def save(step):
+        timed("wait", saver.save, step, model, optimizer, b"", False)
+        saver.wait()
+
+    def copy(source):
+        for path in shutil.copytree(source, directory / "copy").iterdir():
+            process.flush(path)
+
+    def restore(path):
+        checkpoint.restore(path, model, optimizer)
+        torch_xla.sync()
+        model.norm.weight.cpu()
+
+    for step in range(runs + 1):
+        timed("save", save, step)
+        newest = checkpoint.list_checkpoints(directory)[-1]
+        timed("copy", copy, newest)
+        shutil.rmtree(directory / "copy")
+        timed("verify", checkpoint.verify, newest)
+        timed("restore", restore, newest)
+    median = {name: statistics.median(values[1:]) for name, values in times.items()}
+    print(f"save     training waits {median['wait'] / median['copy']:.2f} x a plain copy: {median['wait']:.2f} against "
+          f"{median['copy']:.2f} s; on the disk after {median['save']:.2f} s")
+    print(f"load     {(median['verify'] + median['restore']) / median['copy']:.2f} x a plain copy: {median['verify']:.2f} s to "
+          f"verify, {median['restore']:.2f} s to restore")
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Speed of prepare and of the loader.")
+    parser = argparse.ArgumentParser(description="Speed of data and checkpoints.")
     parser.add_argument("--runs", type=int, default=3, help="runs of which the median counts (%(default)s)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         bench_loader(Path(directory))
     with tempfile.TemporaryDirectory() as directory:
         bench_prepare(Path(directory), arguments.runs)
+    with tempfile.TemporaryDirectory() as directory:
+        bench_checkpoint(Path(directory), arguments.runs)
 
 
 if __name__ == "__main__":
