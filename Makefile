@@ -1,6 +1,6 @@
 # make demo    install into .venv, prepare a corpus, train on the CPU through torch_xla (minutes), print samples
 # make test    what CI runs: lint and tests, without a TPU; needs the network only for the installation
-# make bench   speed of the loader and of data.py prepare, on this machine
+# make bench   speed of the loader, of data.py prepare and of checkpoints, on this machine
 
 PYTHON ?= python3
 PY := .venv/bin/python

@@ -10,7 +10,6 @@
 A directory of that name is complete and on the disk; whatever is not ends in .partial, .removed or .set_aside. Nothing is
 pickled: reading a stranger's checkpoint runs no code of theirs.
 """
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -39,7 +38,8 @@ COMPLETE = re.compile(r"step_\d{8}")
 
 def list_checkpoints(out_dir):
     """The complete checkpoints of the run in out_dir, oldest first."""
-    return sorted(path for path in Path(out_dir, "checkpoints").glob("step_*") if COMPLETE.fullmatch(path.name))
+    return sorted(path for path in Path(out_dir, "checkpoints").glob("step_*")
+                  if COMPLETE.fullmatch(path.name) and path.is_dir())
 
 
 def find_checkpoint(path):
@@ -85,12 +85,12 @@ def read_state(checkpoint):
     return state
 
 
-def verify(checkpoint, names=None):
-    """Raises unless the files `names` (default: all) are those that were saved, byte for byte, and no others are there.
-    Returns the state."""
+def verify(checkpoint, without=()):
+    """Raises unless the checkpoint's files are those that were saved, byte for byte, and no others are there; but for those
+    in `without`. Returns the state."""
     state = read_state(checkpoint)
     files = state["files"]
-    for name in names or files:
+    for name in files.keys() - set(without):
         path = Path(checkpoint, name)
         if not path.is_file():
             raise UserError(f"{path} is missing")
@@ -98,30 +98,32 @@ def verify(checkpoint, names=None):
             raise UserError(f"{path} is damaged: {size:,} bytes, expected {files[name]['bytes']:,}")
         if sha256(path) != files[name]["sha256"]:
             raise UserError(f"{path} is damaged: its content and its checksum in state.json differ")
-    if not names and (foreign := {path.name for path in Path(checkpoint).iterdir()} - {"state.json", *files}):
+    if not without and (foreign := {path.name for path in Path(checkpoint).iterdir()} - {"state.json", *files}):
         raise UserError(f"{Path(checkpoint, min(foreign))} is not part of the checkpoint")
     return state
 
 
 def newest_whole(out_dir):
-    """The newest checkpoint of the run in out_dir that passes verify, or None if there are none at all. Newer ones, which
-    do not, are renamed: they are not deleted, but no longer in the way."""
+    """The newest checkpoint of the run in out_dir that passes verify, None if there are none at all, and {newer one: what is
+    wrong with it}."""
     damaged = {}
     for checkpoint in reversed(list_checkpoints(out_dir)):
         try:
             verify(checkpoint)
+            return checkpoint, damaged
         except UserError as error:
             damaged[checkpoint] = error
-            continue
-        for path, error in damaged.items():
-            names = (path.with_name(f"{path.name}.set_aside{i or ''}") for i in itertools.count())
-            aside = path.rename(next(name for name in names if not name.exists()))
-            print(f"warning: {error}; renamed to {aside.name}, going on from {checkpoint.name}", file=sys.stderr)
-        return checkpoint
     if damaged:
         raise UserError(f"no checkpoint in {out_dir} is whole: {'; '.join(map(str, damaged.values()))}. Nothing was changed; "
                         "move them away to start anew")
-    return None
+    return None, {}
+
+
+def set_aside(checkpoint, why):
+    """Renames it: nothing is deleted, but it is no longer in the way."""
+    names = (checkpoint.with_name(f"{checkpoint.name}.set_aside{i or ''}") for i in itertools.count())
+    aside = checkpoint.rename(next(name for name in names if not name.exists()))
+    print(f"warning: {why}; renamed to {aside.name}, going on from the one before", file=sys.stderr)
 
 
 # What makes a run the same run is all but where things are, how often they happen and how a batch is cut up.
@@ -135,27 +137,37 @@ def checkpoint_to_resume(config, data_sha256):
         if Path(config.out_dir).exists() and any(Path(config.out_dir).iterdir()):
             raise UserError(f"out_dir {config.out_dir} is not empty and resume=never; choose another out_dir")
         return None
+    damaged = {}
     if config.resume == "auto":
-        checkpoint = newest_whole(config.out_dir)
+        checkpoint, damaged = newest_whole(config.out_dir)
         if checkpoint is None:
             return None
-        state = read_state(checkpoint)
     else:
         checkpoint = find_checkpoint(config.resume)
-        state = verify(checkpoint)
-        later = [own for own in list_checkpoints(config.out_dir) if own.name > f"step_{state['step']:08d}"]
-        if later:
-            raise UserError(f"out_dir {config.out_dir} has {later[-1].name}, which is later than {checkpoint}; "
-                            "use resume=auto to go on from it, or choose another out_dir")
-    then = state["config"]
+        verify(checkpoint)
+        own = list_checkpoints(config.out_dir)[-1:]
+        if own and not own[0].samefile(checkpoint):
+            raise UserError(f"out_dir {config.out_dir} has checkpoints of its own, the newest of them {own[0].name}; "
+                            f"resume=auto goes on from that, and for {checkpoint} choose another out_dir")
+    refuse_another_run(config, data_sha256, checkpoint)
+    for newer, why in damaged.items():
+        set_aside(newer, why)
+    return checkpoint
+
+
+def refuse_another_run(config, data_sha256, checkpoint):
+    """Raises, with a list of the differences, unless a run with this config and data can go on from the checkpoint."""
+    state = read_state(checkpoint)
+    then, tokenizer = state["config"], tokenizer_path(config)
     changed = [f"{key} was {then.get(key)!r}, is {value!r}" for key, value in dataclasses.asdict(config).items()
                if key not in MAY_CHANGE and then.get(key) != value]
     if state["data_sha256"] != data_sha256:
         changed.append(f"the training data was {then['train_glob']} in {then['data_dir']}, is {config.train_glob} in "
                        f"{config.data_dir} and differs")
+    if tokenizer and state["tokenizer"] and sha256(tokenizer) != state["tokenizer_sha256"]:
+        changed.append(f"the tokenizer was another than {tokenizer}")
     if changed:
         raise UserError(f"{checkpoint} is of another run: {'; '.join(changed)}. Put that back, or choose another out_dir")
-    return checkpoint
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -170,16 +182,16 @@ def tensors_of(model, optimizer):
 
 def write(directory, tensors, others, state):
     """Writes a checkpoint, which has another name than `directory` until all of it is on the disk. tensors: as tensors_of
-    has them, but on the CPU; others: bytes by file name; state: what state.json says beside the files' checksums."""
+    has them, but on the CPU; others: the other files' bytes, at least one; state: what state.json says beside checksums."""
     partial = directory.with_name(f"{directory.name}.partial")
     partial.mkdir(parents=True)
     try:
         for name, content in others.items():
-            write_file(partial / name, content)
+            plain = write_file(partial / name, content)
         for name in tensors:
             path = partial / f"{name}.safetensors"
             safetensors.torch.save_file(tensors[name], path, {"format": "pt"})
-            shutil.copymode(partial / "metrics.jsonl", path)  # save_file leaves it readable to its owner only
+            shutil.copymode(plain, path)  # save_file leaves it readable to its owner only
         paths = sorted(partial.iterdir())
         with ThreadPoolExecutor() as threads:
             digests = threads.map(sha256, paths)
@@ -195,30 +207,39 @@ def write(directory, tensors, others, state):
 
 
 class Saver:
-    """Saves the checkpoints of a run. Training waits for the copy from the device; a thread does the rest."""
+    """Saves the checkpoints of a run, one at a time. Training waits for the copy from the device; a thread does the rest."""
 
-    def __init__(self, config, data_sha256, say):
+    def __init__(self, config, resumed, data_sha256, say):
+        """resumed: the checkpoint that the run goes on from, or None."""
         self.config, self.data_sha256, self.say = config, data_sha256, say
         self.directory = Path(config.out_dir, "checkpoints")
-        self.tokenizer = source.read_bytes() if (source := tokenizer_path(config)) else None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        flush(self.directory.parent)
+        flush(self.directory.parent.parent)
+        source = tokenizer_path(config) or (resumed and resumed / "tokenizer.model")
+        self.tokenizer = source.read_bytes() if source and source.exists() else None
+        if not self.tokenizer:
+            say("no tokenizer is known for this data, so sample.py will have none; name one with --tokenizer=PATH")
         self.thread, self.job = ThreadPoolExecutor(1), None
         self.host = {}  # what is being saved, by file and name: memory that is allocated once
         self.seconds = num_parameters(config)[0] * 12 / 100e6  # the longest save; until there was one, at 100 MB/s
         for leftover in [*self.directory.glob("step_*.partial"), *self.directory.glob("step_*.removed")]:
-            shutil.rmtree(leftover)  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
 
     def save(self, step, model, optimizer, metrics, last):
         """Starts saving the checkpoint of `step` finished steps. metrics: the bytes of metrics.jsonl. If it fails, that is
         told and training goes on; but if it is the last, `wait` raises."""
-        self.wait()  # for the one before, which needs `host` as it is
         started = time.perf_counter()
+        self.wait()  # for the one before, which needs `host` as it is
+        waited = time.perf_counter() - started
         for file, tensors in tensors_of(model, optimizer).items():
             host = self.host.setdefault(file, {key: torch.empty(tensor.shape) for key, tensor in tensors.items()})
             for key, tensor in tensors.items():
                 host[key].copy_(tensor.detach())
-        self.job = self.thread.submit(self.finish, step, metrics, last, started, time.perf_counter() - started)
+        copied = time.perf_counter() - started - waited
+        self.job = self.thread.submit(self.finish, step, metrics, last, started, waited, copied)
 
-    def finish(self, step, metrics, last, started, copy_seconds):
+    def finish(self, step, metrics, last, started, waited, copied):
         """What is left to do when all is in the host's memory."""
         config, directory = self.config, self.directory / f"step_{step:08d}"
         others = {"metrics.jsonl": metrics} | ({"tokenizer.model": self.tokenizer} if self.tokenizer else {})
@@ -237,22 +258,24 @@ class Saver:
             return self.say(f"warning: {message}; training goes on")
         seconds = time.perf_counter() - started
         self.seconds = max(self.seconds, seconds)
-        self.say(f"saved {directory} in {seconds:.1f} s; training waited {copy_seconds:.2f} s for the copy from the device")
+        self.say(f"saved {directory} in {seconds:.1f} s; training waited {waited:.2f} s for the save before and {copied:.2f} s "
+                 "for the copy from the device")
         if not self.host["optimizer"]["skipped"][1]:  # else this one may be no good, and an older one is still wanted
             for old in list_checkpoints(config.out_dir)[:-config.keep_checkpoints]:
-                remove(old)
+                self.remove(old)
+
+    def remove(self, checkpoint):
+        """Deletes it under another name, or a kill would leave half of it under the name of a whole one."""
+        try:
+            shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.removed")))
+        except OSError as error:
+            self.say(f"warning: {checkpoint} can't be deleted: {error}; training goes on")
 
     def wait(self):
         """Waits for the save in progress."""
         if self.job:
             self.job.result()
 
-
-def remove(checkpoint):
-    """Deletes it under another name, or a kill would leave half of it under the name of a whole one."""
-    doomed = checkpoint.with_name(f"{checkpoint.name}.removed")
-    with contextlib.suppress(FileNotFoundError):  # somebody was quicker
-        shutil.rmtree(checkpoint.rename(doomed))
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -281,7 +304,7 @@ def restore(checkpoint, model, optimizer):
 
 def load_model(checkpoint, **changes):
     """The model of a checkpoint as a Llama on the CPU, its config under `changes`."""
-    config = verify(checkpoint, ["model.safetensors"])["config"]
+    config = verify(checkpoint, without=["optimizer.safetensors", "metrics.jsonl"])["config"]
     shape = {field.name: config[field.name] for field in dataclasses.fields(ModelConfig)}
     model = Llama(ModelConfig(**shape | changes))
     try:

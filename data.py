@@ -483,6 +483,7 @@ def train_tokenizer(path, files, vocab_size, val_fraction, text_key):
             raise raised[0] from None
         raise UserError(f"a vocabulary of {vocab_size:,} could not be trained on this text: "
                         f"{str(error).splitlines()[-1]}") from None
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_file(Path(path), model.getvalue())
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+tqdm.set_lock(threading.RLock())  # its default is a semaphore between processes, reported as leaked if one ends at once
+
 
 class UserError(Exception):
     """A mistake the user can mend. The message says what was found, where, and what was expected."""
@@ -38,7 +40,8 @@ def run_command(main):
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if told(error) is None:
             raise
@@ -63,8 +66,7 @@ class Progress(tqdm):
 
 
 def write_file(path, content):
-    """Writes bytes so that `path` is absent, old or complete, whatever happens, and complete means on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes bytes so that `path` is absent, old or complete, whatever happens, and complete means on the disk. Returns it."""
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
         file.write(content)
@@ -72,6 +74,7 @@ def write_file(path, content):
         os.fsync(file.fileno())
     temporary.replace(path)
     flush(path.parent)
+    return path
 
 
 def flush(path):
@@ -127,15 +130,9 @@ STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
 def end_with_parent():
-    """In a spawned process: ends it when its parent ends, even by kill -9, instead of leaving it to work on unseen. Where
-    it was started with STOP_SIGNALS blocked, it ends as well when its parent sends one, and when others do it goes on."""
-    parent = multiprocessing.parent_process().pid
-
+    """In a spawned process: ends it when its parent ends, even by kill -9, instead of leaving it to work on unseen."""
     def watch():
-        while os.getppid() == parent:
-            received = signal.sigtimedwait(STOP_SIGNALS, 0.5)
-            if received and received.si_pid == parent:
-                break
+        multiprocessing.parent_process().join()
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
@@ -151,7 +148,7 @@ def end_on_interrupt(advice):
 
 def guarded_worker(index, worker, arguments, directory):
     """Calls worker(*arguments, stop_wanted). The others would wait in the next all-reduce for ever for a core that failed:
-    so the first to fail says why, on stderr and by its exit code in a file in `directory`, and ends its process, at which
+    so the first to fail says why, by its exit code in a file in `directory` and on stderr, and ends its process, at which
     run_on_all_cores ends all."""
     end_with_parent()
     try:
@@ -159,26 +156,28 @@ def guarded_worker(index, worker, arguments, directory):
     except BaseException as error:
         try:
             with Path(directory, "exit_code").open("x") as file:  # x: by one core only
-                print(told(error) or traceback.format_exc(), file=sys.stderr, flush=True)
                 file.write("2" if told(error) else "1")
+            print(told(error) or traceback.format_exc(), file=sys.stderr, flush=True)
         except FileExistsError:
             time.sleep(5)  # another was first: let it finish its sentence
-        os._exit(1)
+        finally:
+            os._exit(1)
 
 
 def run_on_all_cores(spawn, worker, *arguments):
     """Has spawn(function, arguments), which is xmp.spawn, call worker(*arguments, stop_wanted) on each core, and waits for
     the end. After SIGINT (Ctrl-C) or SIGTERM, stop_wanted() is true everywhere; a second SIGINT ends all at once."""
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(1) as thread:
-        stop, exit_code = Path(directory, "stop"), Path(directory, "exit_code")
+        exit_code, asked = Path(directory, "exit_code"), []
 
         def ask_to_stop(number, _):
-            if number == signal.SIGINT and stop.exists():
+            if number == signal.SIGINT and asked:
                 print("ended without saving; the newest checkpoint is as it was", file=sys.stderr, flush=True)
                 os._exit(130)
-            stop.touch()
-            print(f"{signal.Signals(number).name}: stopping after the next logged step, which is saved; Ctrl-C ends at once",
-                  file=sys.stderr, flush=True)
+            asked.append(number)
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                print(f"{signal.Signals(number).name}: stopping within log_every steps, and saving; Ctrl-C ends at once",
+                      file=sys.stderr, flush=True)
 
         for number in STOP_SIGNALS:
             signal.signal(number, ask_to_stop)
@@ -189,11 +188,16 @@ def run_on_all_cores(spawn, worker, *arguments):
         spawned = thread.submit(spawn, guarded_worker, (worker, arguments, directory))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         workers = set()
-        while wait([spawned], timeout=0.2).not_done:
+        while wait([spawned], timeout=0.1).not_done:
+            if asked:
+                with contextlib.suppress(OSError):  # on a full disk it may go another time
+                    Path(directory, "stop").touch()
             workers.update(multiprocessing.active_children())
             if any(process.exitcode for process in workers):  # the executor in xmp.spawn may miss the end of a process that
                 for process in workers:  # it started late (it waits for those it knew when it began to), but not of all
-                    process.terminate()
+                    process.kill()
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # it is over, there is nothing left to stop
         try:
             spawned.result()
         except BrokenProcessPool:

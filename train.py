@@ -20,7 +20,6 @@ import inspect
 import json
 import math
 import re
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,20 +193,16 @@ class Log:
         self.config, self.writes = config, xr.global_ordinal() == 0
         self.path = Path(config.out_dir, "metrics.jsonl")
         self.rows = bytearray(Path(checkpoint, "metrics.jsonl").read_bytes() if checkpoint else b"")
-        if self.writes:  # each step is in it once: what a run logged after its last checkpoint happens again
-            write_file(self.path, self.rows)
-        tqdm.set_lock(threading.RLock())  # its default is a semaphore between processes, reported as leaked if this one ends
+        self.write_all()  # each step is in it once: what a run logged after its last checkpoint happens again
         self.bar = tqdm(total=config.max_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False,
                         disable=not (self.writes and sys.stderr.isatty()))
-        self.pending, self.interval, self.diverged, self.unwritten = None, 0.0, "", False
+        self.pending, self.diverged = None, ""
+        self.looked, self.longest = None, 0.0  # when a report was last read; the longest time between two
         self.restart_clock(first_step)
 
     def restart_clock(self, step, host_seconds=0.0):
         """Begins the interval that the next row's speed is of; what happened before it does not count."""
         self.since_step, self.since, self.host_seconds = step, time.perf_counter(), host_seconds
-
-    def expect(self, step, report):
-        self.pending, self.host_seconds = (step, report, self.host_seconds), 0.0
 
     def read(self):
         """Reads the report that is pending, if any. Returns whether all cores stop now."""
@@ -215,7 +210,8 @@ class Log:
             return False
         (step, report, host_seconds), self.pending = self.pending, None
         loss, grad_norm, skipped, skipped_in_a_row, stops = report.tolist()
-        self.interval = time.perf_counter() - self.since
+        now = time.perf_counter()
+        self.longest, self.looked = max(self.longest, now - (self.looked or now)), now
         if self.writes and (step == 1 or due(step, self.config.log_every, self.config)):
             self.training(step, loss, grad_norm, int(skipped), host_seconds)
         self.restart_clock(step, self.host_seconds)
@@ -225,7 +221,7 @@ class Log:
         return bool(stops or self.diverged)
 
     def training(self, step, loss, grad_norm, skipped, host_seconds):
-        config, steps, seconds = self.config, step - self.since_step, self.interval
+        config, steps, seconds = self.config, step - self.since_step, time.perf_counter() - self.since
         tokens_per_s = steps * config.batch_size * config.context / seconds
         mfu = tokens_per_s * flops_per_token(config) / (config.peak_tflops * 1e12 * xr.world_size())
         row = {"step": step, "loss": loss, "lr": learning_rate(step - 1, config), "grad_norm": grad_norm,
@@ -238,24 +234,24 @@ class Log:
                         (" | mfu {mfu:.1%}" if row["mfu"] else "") + (" | {skipped} updates skipped" if skipped else ""))
         self.bar.update(step - self.bar.n)
 
-    def evaluation(self, step, val_loss):
-        if self.writes:
-            self.write({"step": step, "val_loss": val_loss}, "val loss {val_loss:.4f}")
-
     def write(self, row, line):
         finite = {key: value if value is None or math.isfinite(value) else None for key, value in row.items()}  # as in JSON
-        self.rows += (addition := json.dumps(finite).encode() + b"\n")
+        addition = json.dumps(finite).encode() + b"\n"
+        self.rows += addition
         try:
-            if self.unwritten:
-                write_file(self.path, self.rows)
-            else:
+            if self.path.exists() and self.path.stat().st_size + len(addition) == len(self.rows):
                 with self.path.open("ab") as file:
                     file.write(addition)
-            self.unwritten = False
-        except OSError as error:  # a full disk ends no run
-            self.unwritten = True
+            else:  # the disk was full, or somebody removed it
+                self.write_all()
+        except OSError as error:
             self.say(f"warning: step {row['step']} is not in {self.path}: {error}; training goes on")
         self.say(f"step {row['step']:6d}/{self.config.max_steps} | {line.format(**row)}")
+
+    def write_all(self):
+        if self.writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(self.path, self.rows)
 
     def say(self, line):
         self.bar.write(line, file=sys.stdout)
@@ -288,10 +284,10 @@ def train_step(model, optimizer, batch, step, stop, zero, config):
         total = total + loss.detach()
         if i + 1 < len(micro_batches):
             torch_xla.sync()
-    stop = torch.tensor(float(stop)).to(zero.device)
-    loss, stops = xm.all_reduce(xm.REDUCE_SUM, torch.stack([total / xr.world_size(), stop])).unbind()
-    schedule = optimizer.schedule(step).to(zero.device)
-    grad_norm = xm.optimizer_step(optimizer, optimizer_args={"schedule": schedule, "loss": loss})
+    stop = torch.tensor([float(stop)]).to(zero.device)  # [1], since a 0 or 1 of no dimension would be a constant of the graph
+    loss, stops = xm.all_reduce(xm.REDUCE_SUM, torch.cat([total[None] / xr.world_size(), stop])).unbind()
+    arguments = {"schedule": optimizer.schedule(step).to(zero.device), "loss": loss}
+    grad_norm = xm.optimizer_step(optimizer, optimizer_args=arguments)
     optimizer.zero_grad(set_to_none=False)
     report = torch.stack([loss, grad_norm, *optimizer.skipped.unbind(), stops])
     torch_xla.sync()
@@ -328,27 +324,33 @@ def worker(config, checkpoint, deadline, stop_wanted):
     first_step = restore(checkpoint, model, optimizer) if checkpoint else 0
     zero = torch.zeros((), device=device)
     torch_xla.sync()  # from here on weights, moments, gradients and zero are buffers, not recipes
+    steps = xm.all_reduce(xm.REDUCE_SUM, torch.tensor([float(first_step)]).to(device))
+    torch_xla.sync()
+    if steps.item() != first_step * cores:
+        raise UserError(f"step {first_step} is not where all cores start from; out_dir must be on a disk that all hosts share")
     log = Log(config, checkpoint, first_step)
     if rank == 0:
-        saver = Saver(config, train_tokens.sha256(), log.say)
+        saver = Saver(config, checkpoint, train_tokens.sha256(), log.say)
         log.say((f"going on from {checkpoint}" if checkpoint else "starting") + " (compiling the first step takes a while)")
 
     for step in range(first_step, config.max_steps):
         started = time.perf_counter()
         batch = torch.from_numpy(train_tokens.train_batch(step, config.batch_size, config.seed, rank, cores))
-        late = rank == 0 and time.monotonic() + 2 * (log.interval + saver.seconds) > deadline
+        late = rank == 0 and time.monotonic() + 2 * (log.longest + saver.seconds) > deadline
         report = train_step(model, optimizer, batch, step, late or stop_wanted(), zero, config)
         log.host_seconds += time.perf_counter() - started
         done = step + 1
         stopping = log.read()  # an earlier step's report, while the device works on this step
         if step == first_step or due(done, config.log_every, config):
-            log.expect(done, report)
+            log.pending, log.host_seconds = (done, report, log.host_seconds), 0.0
         evaluating, saving = val_tokens and due(done, config.eval_every, config), due(done, config.checkpoint_every, config)
         if not (evaluating or saving or stopping):
             continue
         stopping |= log.read()
         if evaluating:
-            log.evaluation(done, evaluate(model, val_windows, zero, config))
+            val_loss = evaluate(model, val_windows, zero, config)
+            if rank == 0:
+                log.write({"step": done, "val_loss": val_loss}, "val loss {val_loss:.4f}")
         if rank == 0 and (saving or stopping) and not log.diverged:
             saver.save(done, model, optimizer, bytes(log.rows), last=stopping or done == config.max_steps)
         log.restart_clock(done)
@@ -356,6 +358,7 @@ def worker(config, checkpoint, deadline, stop_wanted):
             break
     if rank == 0:
         saver.wait()
+        log.write_all()
         if log.diverged:
             raise UserError(log.diverged)
         if done < config.max_steps:
@@ -389,8 +392,6 @@ def main():
           f"= {config.max_steps * tokens:,} | {config.out_dir}")
     if checkpoint and read_state(checkpoint)["step"] >= config.max_steps:
         return print(f"{checkpoint} is the end of this run: nothing to do")
-    if not data.tokenizer_path(config):
-        print("no tokenizer is known for this data, so sample.py will have none; name one with --tokenizer=PATH")
     run_on_all_cores(xmp.spawn, worker, config, checkpoint, session_start + 3600 * (config.max_hours or math.inf))
 
 

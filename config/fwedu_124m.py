@@ -41,3 +41,4 @@ eval_every = 1_000
 eval_batches = 8  # 2,048 windows, 2.1 million tokens
 checkpoint_every = 1_000
 keep_checkpoints = 2
+max_hours = 8.75  # a Kaggle session ends after 9; 0 on a machine of your own

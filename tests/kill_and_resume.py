@@ -3,7 +3,7 @@
     python tests/kill_and_resume.py --kills 100
 
 After each kill every directory with a checkpoint's name must verify, the newest must be no older than the last that the run
-said it had saved, and the same command must go on from there. Whenever a run gets to its end, its weights, moments and
+said it had saved, and the same command must go on from just that. Whenever a run gets to its end, its weights, moments and
 metrics must be those of a run that nobody interrupted, and another run is begun. Three kills in four come while it trains
 and saves, the others while it starts.
 """
@@ -43,10 +43,13 @@ def run_until(command, printed, over):
     with printed.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
     started = time.monotonic()
-    while process.poll() is None:
-        if over(time.monotonic() - started, printed.read_text()):
+    try:
+        while process.poll() is None and not over(time.monotonic() - started, printed.read_text()):
+            time.sleep(0.002)
+    finally:
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        time.sleep(0.002)
+        process.wait()
     assert process.returncode in (0, -signal.SIGKILL), printed.read_text()
     return process.returncode != 0
 
@@ -76,22 +79,27 @@ def kill_and_resume(kills, seed):
         assert not run_until(command, directory / "printed", lambda *_: False)
         expected, finished, out_dir = outcome(directory / "straight"), 0, directory / "out"
         command[-1] = f"--out_dir={out_dir}"
-        survived = 0
-        while survived < kills or list_checkpoints(out_dir):
+        survived, newest, begun = 0, "", True
+        while survived < kills or begun:
             over = random_instant(chance) if survived < kills else lambda *_: False
             killed = run_until(command, directory / "printed", over)
+            printed = (directory / "printed").read_text()
+            if "(compiling" in printed:
+                assert (f"going on from {out_dir}/checkpoints/{newest} " if newest else "starting ") in printed, printed
             checkpoints = list_checkpoints(out_dir)
             for checkpoint in checkpoints:
                 verify(checkpoint)
-            said = re.findall(r"^saved .*/(step_\d+) in", (directory / "printed").read_text(), re.MULTILINE)
-            assert not said or said[-1] <= checkpoints[-1].name, f"{said[-1]} is lost"
+            said = re.findall(r"^saved .*/(step_\d+) in", printed, re.MULTILINE)
+            kept = checkpoints[-1].name if checkpoints else ""
+            assert kept >= max([newest, *said]), f"{max([newest, *said])} is lost"
+            newest, begun = kept, killed
             if killed:
                 survived += 1
                 progress.update()
             else:
                 assert outcome(out_dir) == expected
                 shutil.rmtree(out_dir)
-                finished += 1
+                finished, newest = finished + 1, ""
     return survived, finished
 
 
