@@ -75,6 +75,8 @@ def read_state(checkpoint):
         found = state["format"]
     except FileNotFoundError:
         raise UserError(f"{checkpoint} has no state.json") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
     if found != FORMAT:
@@ -96,7 +98,11 @@ def verify(checkpoint, without=()):
             raise UserError(f"{path} is missing")
         if (size := path.stat().st_size) != files[name]["bytes"]:
             raise UserError(f"{path} is damaged: {size:,} bytes, expected {files[name]['bytes']:,}")
-        if sha256(path) != files[name]["sha256"]:
+        try:
+            digest = sha256(path)
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error.strerror}") from None
+        if digest != files[name]["sha256"]:
             raise UserError(f"{path} is damaged: its content and its checksum in state.json differ")
     if not without and (foreign := {path.name for path in Path(checkpoint).iterdir()} - {"state.json", *files}):
         raise UserError(f"{Path(checkpoint, min(foreign))} is not part of the checkpoint")
@@ -215,7 +221,6 @@ class Saver:
         self.directory = Path(config.out_dir, "checkpoints")
         self.directory.mkdir(parents=True, exist_ok=True)
         flush(self.directory.parent)
-        flush(self.directory.parent.parent)
         source = tokenizer_path(config) or (resumed and resumed / "tokenizer.model")
         self.tokenizer = source.read_bytes() if source and source.exists() else None
         if not self.tokenizer:

@@ -148,19 +148,21 @@ def end_on_interrupt(advice):
 
 def guarded_worker(index, worker, arguments, directory):
     """Calls worker(*arguments, stop_wanted). The others would wait in the next all-reduce for ever for a core that failed:
-    so the first to fail says why, by its exit code in a file in `directory` and on stderr, and ends its process, at which
-    run_on_all_cores ends all."""
+    so the first to fail says why, on stderr and by its exit code, and ends its process, at which run_on_all_cores ends all.
+    The code is the name of a file in `directory`/failed: an empty file needs no space on a full disk."""
     end_with_parent()
     try:
         worker(*arguments, Path(directory, "stop").exists)
     except BaseException as error:
         try:
-            with Path(directory, "exit_code").open("x") as file:  # x: by one core only
-                file.write("2" if told(error) else "1")
-            print(told(error) or traceback.format_exc(), file=sys.stderr, flush=True)
+            Path(directory, "failed").mkdir()  # which only one core can
+            Path(directory, "failed", "2" if told(error) else "1").touch()
         except FileExistsError:
             time.sleep(5)  # another was first: let it finish its sentence
+            os._exit(1)
         finally:
+            with contextlib.suppress(OSError):
+                print(told(error) or traceback.format_exc(), file=sys.stderr, flush=True)
             os._exit(1)
 
 
@@ -168,14 +170,15 @@ def run_on_all_cores(spawn, worker, *arguments):
     """Has spawn(function, arguments), which is xmp.spawn, call worker(*arguments, stop_wanted) on each core, and waits for
     the end. After SIGINT (Ctrl-C) or SIGTERM, stop_wanted() is true everywhere; a second SIGINT ends all at once."""
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(1) as thread:
-        exit_code, asked = Path(directory, "exit_code"), []
+        asked, workers = [], set()
 
         def ask_to_stop(number, _):
             if number == signal.SIGINT and asked:
-                print("ended without saving; the newest checkpoint is as it was", file=sys.stderr, flush=True)
+                for process in workers:
+                    process.kill()
                 os._exit(130)
             asked.append(number)
-            with contextlib.suppress(OSError):  # a terminal that is gone
+            with contextlib.suppress(OSError, RuntimeError):  # a terminal that is gone, a print that this one interrupts
                 print(f"{signal.Signals(number).name}: stopping within log_every steps, and saving; Ctrl-C ends at once",
                       file=sys.stderr, flush=True)
 
@@ -187,7 +190,6 @@ def run_on_all_cores(spawn, worker, *arguments):
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         spawned = thread.submit(spawn, guarded_worker, (worker, arguments, directory))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        workers = set()
         while wait([spawned], timeout=0.1).not_done:
             if asked:
                 with contextlib.suppress(OSError):  # on a full disk it may go another time
@@ -201,4 +203,5 @@ def run_on_all_cores(spawn, worker, *arguments):
         try:
             spawned.result()
         except BrokenProcessPool:
-            sys.exit(int(exit_code.read_text() or 1) if exit_code.exists() else "a worker was killed, perhaps for memory")
+            codes = [int(path.name) for path in Path(directory).glob("failed/*")]
+            sys.exit(codes[0] if codes else "a worker was killed, perhaps for memory")

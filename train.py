@@ -16,6 +16,7 @@ if os.environ.get("TPU_PROCESS_ADDRESSES") == "local":  # Kaggle's image sets it
     for name in ("TPU_PROCESS_ADDRESSES", "CLOUD_TPU_TASK_ID"):  # one another; must be gone before torch_xla loads
         os.environ.pop(name, None)
 
+import contextlib
 import inspect
 import json
 import math
@@ -66,7 +67,7 @@ class Config(ModelConfig):
     checkpoint_every: int = 1_000  # steps between checkpoints, and one at the end; 0 saves only that one
     keep_checkpoints: int = 2  # newest checkpoints kept
     max_hours: float = 0.0  # stop in time to have saved after so many hours, startup included; 0 does not
-    max_skipped: int = 10  # updates in a row that may be left out for a loss or gradient that is not finite, before giving up
+    max_skipped: int = 10  # more updates in a row left out because loss or gradient is not finite end the run, when it logs
     resume: str = "auto"  # auto: go on from the newest checkpoint in out_dir | never: refuse a used out_dir | a checkpoint
 
 
@@ -254,8 +255,9 @@ class Log:
             write_file(self.path, self.rows)
 
     def say(self, line):
-        self.bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a reader that is gone, as tee is after Ctrl-C, ends no run
+            self.bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -386,8 +388,7 @@ def main():
         raise UserError(f"attention = 'flash' runs on a TPU and this is a {xr.device_type()}; use --attention=math")
     train_tokens = data.check_data(config)
     checkpoint = checkpoint_to_resume(config, train_tokens.sha256())
-    total, in_matmuls = num_parameters(config)
-    tokens = config.batch_size * config.context
+    (total, in_matmuls), tokens = num_parameters(config), config.batch_size * config.context
     print(f"{total:,} parameters, {in_matmuls:,} of them in matmuls | {config.max_steps:,} steps x {tokens:,} tokens "
           f"= {config.max_steps * tokens:,} | {config.out_dir}")
     if checkpoint and read_state(checkpoint)["step"] >= config.max_steps:

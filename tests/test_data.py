@@ -366,7 +366,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, under_way, begun, delay):
     time.sleep(delay)
     os.killpg(under_way.pid, signal.SIGINT)  # as a terminal does
     _, stderr = under_way.communicate(timeout=20)
-    assert under_way.returncode == 1 and stderr.splitlines()[-1] == "interrupted" and "Traceback" not in stderr
+    assert under_way.returncode == 130 and stderr.splitlines()[-1] == "interrupted" and "Traceback" not in stderr
     assert os.listdir(tmp_path) == []
 
 

@@ -175,7 +175,18 @@ def test_a_second_interrupt_ends_at_once(tiny, tmp_path):
     started = time.monotonic()
     code, _, err = ended(process)
     assert code == 130 and time.monotonic() - started < 5
-    assert "ended without saving" in err and "Traceback" not in err and not list_checkpoints(tmp_path)
+    assert "SIGINT: stopping within log_every steps" in err and "Traceback" not in err and not list_checkpoints(tmp_path)
+
+
+def test_ctrl_c_saves_even_if_it_ends_the_reader_of_the_output(tiny, tmp_path):
+    """As in python train.py ... 2>&1 | tee log."""
+    process = start("train.py", tiny, f"--out_dir={tmp_path}", "--max_steps=100000")
+    wait_for(process, "step")
+    process.stdout.close()
+    process.stderr.close()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    assert len(list_checkpoints(tmp_path)) == 1
 
 
 def test_no_worker_outlives_its_parent(tiny, tmp_path):

@@ -96,7 +96,7 @@ def bench_checkpoint(directory, runs):
     model = train.Llama(config, seed=0).to(torch_xla.device())
     optimizer = train.AdamW(model.parameters(), config)
     torch_xla.sync()
-    saver = checkpoint.Saver(config, "", lambda line: None)
+    saver = checkpoint.Saver(config, None, "", lambda line: None)
     times = collections.defaultdict(list)
 
     def timed(name, function, *arguments):
