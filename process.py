@@ -178,9 +178,9 @@ def run_on_all_cores(spawn, worker, *arguments):
                     process.kill()
                 os._exit(130)
             asked.append(number)
-            with contextlib.suppress(OSError, RuntimeError):  # a terminal that is gone, a print that this one interrupts
-                print(f"{signal.Signals(number).name}: stopping within log_every steps, and saving; Ctrl-C ends at once",
-                      file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a terminal that is gone; print would try again at the end, and exit with 120
+                os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: stopping within log_every steps, and saving; "
+                         "Ctrl-C ends at once\n".encode())
 
         for number in STOP_SIGNALS:
             signal.signal(number, ask_to_stop)
