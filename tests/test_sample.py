@@ -1,6 +1,5 @@
 """sample.py on a checkpoint that train.py wrote, and the text it makes of tokens."""
 import pytest
-import safetensors.torch
 import torch
 from conftest import TINY, run
 
@@ -85,6 +84,3 @@ def test_a_damaged_checkpoint_is_told(trained, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-8])
     code, _, err = run("sample.py", "--checkpoint", checkpoint, "--prompt", "we")
     assert code == 2 and f"{weights} is damaged" in err and "Traceback" not in err
-    safetensors.torch.save_file({"other": torch.zeros(1)}, weights)
-    code, _, err = run("sample.py", "--checkpoint", checkpoint, "--prompt", "we")
-    assert code == 2 and f"{weights} does not fit" in err and "Traceback" not in err
