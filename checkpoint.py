@@ -238,9 +238,10 @@ class Saver:
         self.wait()  # for the one before, which needs `host` as it is
         waited = time.perf_counter() - started
         for file, tensors in tensors_of(model, optimizer).items():
-            host = self.host.setdefault(file, {key: torch.empty(tensor.shape) for key, tensor in tensors.items()})
+            if file not in self.host:
+                self.host[file] = {key: torch.empty(tensor.shape) for key, tensor in tensors.items()}
             for key, tensor in tensors.items():
-                host[key].copy_(tensor.detach())
+                self.host[file][key].copy_(tensor.detach())
         copied = time.perf_counter() - started - waited
         self.job = self.thread.submit(self.finish, step, metrics, last, started, waited, copied)
 
@@ -280,7 +281,6 @@ class Saver:
         """Waits for the save in progress."""
         if self.job:
             self.job.result()
-
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from process import Progress, UserError, end_with_parent, flush, run_command, write_file
+from process import Progress, UserError, blocked, end_with_parent, flush, run_command, write_file
 
 TOKEN = np.dtype("<u2")
 LARGEST_VOCABULARY = 65_536  # what uint16 can name
@@ -572,10 +572,8 @@ def encode_files(files, tokenizer, writers, val_fraction, text_key, processes):
             for batch in batches(files, text_key, progress):
                 if len(under_way) == 3 * processes:
                     write_oldest()
-                # Ctrl-C reaches the whole process group. The processes, which submit starts, inherit that it is blocked.
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-                under_way.append(pool.submit(Encoder.encode, batch))
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                with blocked(signal.SIGINT):  # by submit, which starts the processes
+                    under_way.append(pool.submit(Encoder.encode, batch))
             while under_way:
                 write_oldest()
     except BrokenProcessPool:

@@ -137,13 +137,14 @@ def end_with_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 
-def end_on_interrupt(advice):
-    """Has Ctrl-C end this process at once, with `advice`, and (see above) those it spawns, which hang on to their work: an
-    exception would wait for them."""
-    def end(*_):
-        print(f"interrupted; {advice}", file=sys.stderr, flush=True)
-        os._exit(130)
-    signal.signal(signal.SIGINT, end)
+@contextlib.contextmanager
+def blocked(*signals):
+    """Threads and processes that are started inside never get these signals, which a terminal sends to a whole group of
+    processes: they inherit that they are blocked."""
+    multiprocessing.resource_tracker.ensure_running()  # or the first spawn starts it, which would unblock them again
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
 def guarded_worker(index, worker, arguments, directory):
@@ -184,12 +185,8 @@ def run_on_all_cores(spawn, worker, *arguments):
 
         for number in STOP_SIGNALS:
             signal.signal(number, ask_to_stop)
-        # Workers must not get these signals, which a terminal sends to every process. Who is blocked hands that on to the
-        # threads and processes it starts; so the workers are started by a blocked thread, while this one listens.
-        multiprocessing.resource_tracker.ensure_running()  # or spawn starts it, which would unblock them again
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        spawned = thread.submit(spawn, guarded_worker, (worker, arguments, directory))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        with blocked(*STOP_SIGNALS):  # so a blocked thread starts the workers, while this one listens
+            spawned = thread.submit(spawn, guarded_worker, (worker, arguments, directory))
         while wait([spawned], timeout=0.1).not_done:
             if asked:
                 with contextlib.suppress(OSError):  # on a full disk it may go another time

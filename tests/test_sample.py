@@ -1,10 +1,11 @@
 """sample.py on a checkpoint that train.py wrote, and the text it makes of tokens."""
 import pytest
+import safetensors.torch
 import torch
 from conftest import TINY, run
 
 import data
-from checkpoint import load_model
+from checkpoint import load_model, read_state, sealed, sha256
 from sample import generate, pick, stream
 
 
@@ -84,3 +85,9 @@ def test_a_damaged_checkpoint_is_told(trained, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-8])
     code, _, err = run("sample.py", "--checkpoint", checkpoint, "--prompt", "we")
     assert code == 2 and f"{weights} is damaged" in err and "Traceback" not in err
+    safetensors.torch.save_file({"other": torch.zeros(1)}, weights)
+    state = read_state(checkpoint)  # a checkpoint that agrees with its checksums, but not with its config
+    state["files"]["model.safetensors"] = {"bytes": weights.stat().st_size, "sha256": sha256(weights)}
+    (checkpoint / "state.json").write_bytes(sealed(state))
+    code, _, err = run("sample.py", "--checkpoint", checkpoint, "--prompt", "we")
+    assert code == 2 and f"{weights} does not fit" in err and "Traceback" not in err
