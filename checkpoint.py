@@ -27,7 +27,7 @@ import torch
 
 from data import tokenizer_path
 from model import Llama, ModelConfig, num_parameters
-from process import UserError, flush, write_file
+from process import UserError, flush, write_directory, write_file
 
 FORMAT = 2
 COMPLETE = re.compile(r"step_\d{8}")
@@ -42,9 +42,18 @@ def list_checkpoints(out_dir):
                   if COMPLETE.fullmatch(path.name) and path.is_dir())
 
 
+def newest_run():
+    """The directory under out/ of the run that saved last."""
+    runs = [path for path in Path("out").glob("*") if list_checkpoints(path)]
+    if not runs:
+        raise UserError("there is no run with a checkpoint under out/; train one, or name one with --checkpoint")
+    return max(runs, key=lambda run: list_checkpoints(run)[-1].stat().st_mtime)
+
+
 def find_checkpoint(path):
-    """The checkpoint at `path`: a checkpoint directory, or a run's directory, whose newest it then is."""
-    path = Path(path)
+    """The checkpoint at `path`: a checkpoint directory, or a run's directory, whose newest it then is; of the newest run under
+    out/ if path is None."""
+    path = Path(path or newest_run())
     if Path(path, "state.json").is_file() or (path.is_dir() and COMPLETE.fullmatch(path.name)):
         return path
     if found := list_checkpoints(path):
@@ -165,9 +174,9 @@ def refuse_another_run(config, data_sha256, checkpoint):
     """Raises, with a list of the differences, unless a run with this config and data can go on from the checkpoint."""
     state = read_state(checkpoint)
     then, tokenizer = state["config"], tokenizer_path(config)
-    changed = [f"{key} was {then.get(key)!r}, is {value!r}" for key, value in dataclasses.asdict(config).items()
-               if key not in MAY_CHANGE and then.get(key) != value]
-    if state["data_sha256"] != data_sha256:
+    changed = [f"{key} was {then[key]!r}, is {value!r}" for key, value in dataclasses.asdict(config).items()
+               if key not in MAY_CHANGE and then.get(key, value) != value]  # of an imported model only the shape is known
+    if state["data_sha256"] not in (None, data_sha256):
         changed.append(f"the training data was {then['train_glob']} in {then['data_dir']}, is {config.train_glob} in "
                        f"{config.data_dir} and differs")
     if tokenizer and state["tokenizer"] and sha256(tokenizer) != state["tokenizer_sha256"]:
@@ -186,18 +195,25 @@ def tensors_of(model, optimizer):
     return {"model": dict(model.named_parameters()), "optimizer": moments | {"skipped": optimizer.skipped}}
 
 
-def write(directory, tensors, others, state):
-    """Writes a checkpoint, which has another name than `directory` until all of it is on the disk. tensors: as tensors_of
-    has them, but on the CPU; others: the other files' bytes, at least one; state: what state.json says beside checksums."""
-    partial = directory.with_name(f"{directory.name}.partial")
-    partial.mkdir(parents=True)
+def write_tensors(path, tensors):
+    """Writes {name: tensor} to a safetensors file."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
+        safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} can't be written: {error}") from None
+    path.chmod(mode)  # save_file leaves it readable to its owner only
+
+
+def write(directory, tensors, others, state):
+    """Writes a checkpoint. tensors: {file: {name: tensor on the CPU}}; others: the other files' bytes; state: what state.json
+    says beside checksums, as `describe` has it."""
+    with write_directory(directory) as partial:
         for name, content in others.items():
-            plain = write_file(partial / name, content)
+            write_file(partial / name, content)
         for name in tensors:
-            path = partial / f"{name}.safetensors"
-            safetensors.torch.save_file(tensors[name], path, {"format": "pt"})
-            shutil.copymode(plain, path)  # save_file leaves it readable to its owner only
+            write_tensors(partial / f"{name}.safetensors", tensors[name])
         paths = sorted(partial.iterdir())
         with ThreadPoolExecutor() as threads:
             digests = threads.map(sha256, paths)
@@ -205,11 +221,14 @@ def write(directory, tensors, others, state):
                 flush(path)
         files = {path.name: {"bytes": path.stat().st_size, "sha256": digest} for path, digest in zip(paths, digests)}
         write_file(partial / "state.json", sealed(state | {"files": files}))
-        partial.rename(directory)
-        flush(directory.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk is not to stay full
-        raise
+
+
+def describe(step, tokens, config, data_sha256, tokenizer):
+    """What state.json says, but for checksums. tokenizer: its file's bytes, or None."""
+    return {"format": FORMAT, "step": step, "tokens": tokens, "config": dataclasses.asdict(config), "data_sha256": data_sha256,
+            "tokenizer": "tokenizer.model" if tokenizer else None,
+            "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest() if tokenizer else None,
+            "versions": {package: version(package) for package in ("torch", "torch_xla", "safetensors")}}
 
 
 class Saver:
@@ -249,14 +268,10 @@ class Saver:
         """What is left to do when all is in the host's memory."""
         config, directory = self.config, self.directory / f"step_{step:08d}"
         others = {"metrics.jsonl": metrics} | ({"tokenizer.model": self.tokenizer} if self.tokenizer else {})
-        state = {"format": FORMAT, "step": step, "tokens": step * config.batch_size * config.context,
-                 "config": dataclasses.asdict(config), "data_sha256": self.data_sha256,
-                 "tokenizer": "tokenizer.model" if self.tokenizer else None,
-                 "tokenizer_sha256": hashlib.sha256(self.tokenizer).hexdigest() if self.tokenizer else None,
-                 "versions": {package: version(package) for package in ("torch", "torch_xla", "safetensors")}}
+        state = describe(step, step * config.batch_size * config.context, config, self.data_sha256, self.tokenizer)
         try:
             write(directory, self.host, others, state)
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, UserError) as error:
             newest = (list_checkpoints(config.out_dir) or ["none"])[-1]
             message = f"step {step} is not saved: {error}; the newest checkpoint is {newest}"
             if last:
@@ -297,14 +312,18 @@ def load_tensors(checkpoint, name):
 
 @torch.no_grad()
 def restore(checkpoint, model, optimizer):
-    """Fills model and optimizer, on whatever device they are, from the checkpoint; returns its number of finished steps."""
+    """Fills model and optimizer, on whatever device they are, from the checkpoint; returns its number of finished steps.
+    An imported model (convert_to_hf.py --from-hf) has no optimizer.safetensors: the moments stay what they are, zero."""
+    state = read_state(checkpoint)
     for name, tensors in tensors_of(model, optimizer).items():
+        if f"{name}.safetensors" not in state["files"]:
+            continue
         saved = load_tensors(checkpoint, name)
         if strange := tensors.keys() ^ saved.keys():
             raise UserError(f"{checkpoint}/{name}.safetensors lacks, or should not have, {min(strange)}")
         for key, tensor in tensors.items():
             tensor.copy_(saved[key])
-    return read_state(checkpoint)["step"]
+    return state["step"]
 
 
 def load_model(checkpoint, **changes):

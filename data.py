@@ -19,7 +19,6 @@ import math
 import mmap
 import multiprocessing
 import os
-import shutil
 import signal
 import time
 import zlib
@@ -30,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from process import Progress, UserError, blocked, end_with_parent, flush, run_command, write_file
+from process import Progress, UserError, blocked, end_with_parent, flush, run_command, write_directory, write_file
 
 TOKEN = np.dtype("<u2")
 LARGEST_VOCABULARY = 65_536  # what uint16 can name
@@ -262,9 +261,7 @@ def check_data(config):
     if val_tokens:
         val_tokens.fixed_windows(config.eval_batches * config.batch_size)
     if source := tokenizer_path(config):
-        size = load_tokenizer(source).vocab_size()
-        if size > config.vocab_size:
-            raise UserError(f"{source} has {size:,} tokens and vocab_size is {config.vocab_size:,}; set vocab_size={size}")
+        load_tokenizer(source, config.vocab_size)
     check_token_ids(train_tokens.paths + (val_tokens.paths if val_tokens else []), config.vocab_size)
     return train_tokens
 
@@ -436,8 +433,9 @@ def fraction(text, salt):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, salt=salt).digest(), "big") / 2**64
 
 
-def load_tokenizer(path):
-    """A SentencePieceProcessor that shards can be written with."""
+def load_tokenizer(path, vocab_size=None):
+    """A SentencePieceProcessor that shards can be written with, and that a model with vocab_size ids can use: it has as many,
+    or fewer by what pads a vocabulary to a multiple of 128."""
     if not Path(path).is_file():
         raise UserError(f"there is no tokenizer {path}")
     try:
@@ -448,6 +446,9 @@ def load_tokenizer(path):
         raise UserError(f"{path} has {processor.vocab_size():,} tokens; uint16 shards can name {LARGEST_VOCABULARY:,}")
     if processor.bos_id() < 0 or processor.eos_id() < 0:
         raise UserError(f"{path} has no bos or no eos token; documents are stored as bos + ids + eos")
+    if vocab_size is not None and not 0 <= vocab_size - processor.vocab_size() < 128:
+        raise UserError(f"{path} has {processor.vocab_size():,} tokens and vocab_size is {vocab_size:,}; expected the same "
+                        "number, or less than 128 more for padding")
     return processor
 
 
@@ -609,11 +610,7 @@ def prepare(inputs, tokenizer, out, vocab_size=None, val_fraction=0.005, shard_t
         raise UserError(f"{tokenizer} exists with {processor.vocab_size():,} tokens and --vocab-size says {vocab_size:,}")
 
     processes = processes or len(os.sched_getaffinity(0))
-    whole = out.absolute()  # "." has no name
-    partial = whole.with_name(f"{whole.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
-    try:
+    with write_directory(out) as partial:
         writers = {split: ShardWriter(partial, split, shard_tokens) for split in ("train", "val")}
         started = time.perf_counter()
         encode_files(files, str(tokenizer), writers, val_fraction, text_key, processes)
@@ -628,11 +625,6 @@ def prepare(inputs, tokenizer, out, vocab_size=None, val_fraction=0.005, shard_t
                 "splits": {split: writer.close() for split, writer in writers.items()}}
         write_file(partial / "tokenizer.model", tokenizer.read_bytes())
         write_file(partial / "meta.json", json.dumps(meta, indent=1).encode())
-        partial.rename(whole)
-        flush(whole.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     for split, entry in meta["splits"].items():
         print(f"{split:5}  {entry['documents']:,} documents, {entry['bytes']:,} bytes -> {entry['tokens']:,} tokens, "
               f"{len(entry['shards'])} shards ({entry['bytes'] / entry['tokens']:.2f} bytes per token)")

@@ -82,11 +82,11 @@ def rotate(x, cos, sin):
     return (x * cos + turned * sin).to(x.dtype)
 
 
-def math_attention(q, k, v, mask):
+def math_attention(q, k, v, future):
     """softmax(q k^T / sqrt(K)) v with every score in the open. q [B, H, T, K], k and v [B, H, S, K],
-    mask [T, S] true where a query may look -> [B, H, T, K]."""
+    future [T, S] true where a query may not look -> [B, H, T, K]."""
     scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1))  # [B, H, T, S]
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
     return weights.to(v.dtype) @ v  # [B, H, T, K]
 
 
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, config.dim, bias=False)
         self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x, cos, sin, mask, remember):
+    def forward(self, x, cos, sin, future, remember):
         B, T, D = x.shape
         q, k, v = (proj(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # [B, H, T, K]
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         if self.flash and remember is None:
             y = flash_attention(q, k, v)
         else:
-            y = math_attention(q, k, v, mask)
+            y = math_attention(q, k, v, future)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D))  # heads side by side again: [B, T, D]
 
 
@@ -144,24 +144,26 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, cos, sin, mask, remember):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, remember)
+    def forward(self, x, cos, sin, future, remember):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, future, remember)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class KVCache:
     """Keys and values of the tokens read so far, for generating one token at a time.
 
-    Shapes never change and the position is a tensor, so XLA compiles one graph per number of new tokens, not one per
-    position. Slots from `position` on hold stale values, which no query sees before they are overwritten: a prompt
-    may be padded and `position` set back to its true length.
+    Shapes never change and the position is a tensor (of shape [1]: a 0 or 1 without a dimension would be a constant of the
+    graph), so XLA compiles one graph per number of new tokens, not one per position. Slots from `position` on hold stale
+    values, which no query sees before they are overwritten: a prompt may be padded and `position` set back to its true length.
     """
 
-    def __init__(self, config, batch_size, device):
-        shape = (batch_size, config.n_heads, config.context, config.dim // config.n_heads)  # [B, H, S, K]
+    def __init__(self, config, batch_size, device, length=None):
+        """length: tokens there is room for, at most the context, which is the default."""
+        self.length = length or config.context
+        shape = (batch_size, config.n_heads, self.length, config.dim // config.n_heads)  # [B, H, S, K]
         self.keys = [torch.zeros(shape, device=device) for _ in range(config.n_layers)]
         self.values = [torch.zeros(shape, device=device) for _ in range(config.n_layers)]
-        self.position = torch.zeros((), device=device, dtype=torch.long)  # where the next token goes
+        self.position = torch.zeros(1, device=device, dtype=torch.long)  # where the next token goes
 
     def remember(self, layer, positions):
         """A function that stores k, v [B, H, T, K] of `layer` at `positions` [T] and returns all, [B, H, S, K]."""
@@ -196,6 +198,13 @@ class Llama(nn.Module):
         Otherwise returns logits [B, T, V]; with a cache, tokens continue what the cache holds and are added to it.
         XLA clamps an id that is out of range instead of raising: whoever reads the data has to check it.
         """
+        logits = self.lm_head(self.hidden(tokens, cache))  # [B, T, V]
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().long())  # over B * T predictions
+
+    def hidden(self, tokens, cache=None):
+        """What the head makes logits of, [B, T, D]. Arguments as above."""
         T = tokens.size(1)
         if cache is None:
             positions = torch.arange(T, device=tokens.device)  # [T]
@@ -203,18 +212,14 @@ class Llama(nn.Module):
             cos, sin = self.cos[:T], self.sin[:T]  # [T, K]
         else:
             positions = cache.position + torch.arange(T, device=tokens.device)
-            key_positions = torch.arange(self.config.context, device=tokens.device)  # S = the cache's length
+            key_positions = torch.arange(cache.length, device=tokens.device)  # S = the cache's length
             cos, sin = self.cos[positions], self.sin[positions]
-        mask = key_positions <= positions[:, None]  # [T, S]: a query sees itself and what came before
+        future = key_positions > positions[:, None]  # [T, S]: a query sees itself and what came before
 
         x = self.embed_tokens(tokens)  # [B, T, D]
         for i, block in enumerate(self.layers):
             remember = None if cache is None else cache.remember(i, positions)
-            x = block(x, cos, sin, mask, remember)
-        logits = self.lm_head(self.norm(x))  # [B, T, V]
-
+            x = block(x, cos, sin, future, remember)
         if cache is not None:
             cache.position = cache.position + T
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().long())  # over B * T predictions
+        return self.norm(x)

@@ -7,6 +7,7 @@ import difflib
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -42,6 +43,9 @@ def run_command(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of the output has seen enough, as head does; Python would try again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a shell says it of a program that SIGPIPE ended
     except Exception as error:
         if told(error) is None:
             raise
@@ -75,6 +79,25 @@ def write_file(path, content):
     temporary.replace(path)
     flush(path.parent)
     return path
+
+
+@contextlib.contextmanager
+def write_directory(directory):
+    """A directory to write files into. It gets the name `directory`, which may be that of an empty one, when all of them are
+    on the disk; until then it ends in .partial, and if anything fails it is gone."""
+    whole = Path(directory).absolute()  # "." has no name
+    partial = whole.with_name(f"{whole.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            flush(path)
+        partial.rename(whole)
+        flush(whole.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk is not to stay full
+        raise
 
 
 def flush(path):

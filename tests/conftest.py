@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 os.environ["PJRT_DEVICE"] = "CPU"  # before anything imports torch_xla
+import torch
 import torch_xla
 
+import checkpoint
+import data
+from model import Llama
 from process import run_command
 
 torch_xla.device()  # autograd counts the devices at its first backward, and must find the XLA device among them
@@ -20,10 +24,10 @@ TINY = dict(vocab_size=64, dim=32, n_layers=2, n_heads=2, hidden_dim=48, context
             eval_batches=2, checkpoint_every=0)
 
 
-def run(*command, env=None, timeout=300):
+def run(*command, env=None, timeout=300, **options):
     """Runs a command in the repository, as a user would, and returns (exit code, stdout, stderr)."""
     process = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | (env or {}), text=True,
-                             capture_output=True, timeout=timeout)
+                             capture_output=True, timeout=timeout, **options)
     return process.returncode, process.stdout, process.stderr
 
 
@@ -59,6 +63,32 @@ def straight(tiny, tmp_path_factory):
     assert code == 0, err
     (out_dir / "stdout").write_text(out)
     return out_dir
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    """The out_dir of a short run with a tokenizer of 300 tokens, which byte fallback makes complete."""
+    out_dir = tmp_path_factory.mktemp("trained")
+    text = out_dir / "text.txt"
+    text.write_text("we the people of the united states, in order to form a more perfect union\n" * 50)
+    data.train_tokenizer(out_dir / "tokenizer.model", [text], 300, 0.0, "text")
+    code, _, err = run("train.py", tiny, f"--out_dir={out_dir}", "--vocab_size=300", "--max_steps=3",
+                       f"--tokenizer={out_dir / 'tokenizer.model'}")
+    assert code == 0, err
+    return out_dir
+
+
+def save_model(out_dir, config, tokenizer):
+    """A run in out_dir whose checkpoint has random weights, so large that attention is far from uniform and a mistake shows.
+    Returns the model."""
+    model = Llama(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    content = tokenizer.read_bytes()
+    checkpoint.write(out_dir / "checkpoints/step_00000000", {"model": dict(model.named_parameters())},
+                     {"metrics.jsonl": b"", "tokenizer.model": content}, checkpoint.describe(0, 0, config, None, content))
+    return model.eval()
 
 
 @pytest.fixture

@@ -1,48 +1,89 @@
-"""sample.py on a checkpoint that train.py wrote, and the text it makes of tokens."""
+"""sample.py: the tokens that a model generates, the text they make, and the command."""
+import contextlib
+import dataclasses
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, run
+import torch_xla.debug.metrics as met
+from conftest import ROOT, TINY, run, save_model
 
 import data
-from checkpoint import load_model, read_state, sealed, sha256
-from sample import generate, pick, stream
+from checkpoint import find_checkpoint, load_model, read_state, sealed, sha256
+from model import Llama, ModelConfig
+from process import UserError
+from sample import Decoder, generate, pick, stream
+
+MODEL = ModelConfig(vocab_size=300, dim=48, n_layers=2, n_heads=3, hidden_dim=64, context=384)
 
 
 @pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory):
-    """The out_dir of a short run with a tokenizer of 512 tokens, which byte fallback makes complete."""
-    out_dir = tmp_path_factory.mktemp("trained")
-    text = out_dir / "text.txt"
-    text.write_text("we the people of the united states, in order to form a more perfect union\n" * 50)
-    data.train_tokenizer(out_dir / "tokenizer.model", [text], 300, 0.0, "text")
-    code, _, err = run("train.py", tiny, f"--out_dir={out_dir}", "--vocab_size=300", "--max_steps=3",
-                       f"--tokenizer={out_dir / 'tokenizer.model'}")
-    assert code == 0, err
+def random_run(trained, tmp_path_factory):
+    """A run with the tokenizer of `trained`, and a larger context."""
+    out_dir = tmp_path_factory.mktemp("random")
+    save_model(out_dir, MODEL, trained / "tokenizer.model")
     return out_dir
 
 
-def test_samples_are_reproducible_and_end_in_time(trained):
-    command = ["sample.py", "--checkpoint", trained, "--prompt", "we the", "--max-new-tokens", 8, "--num-samples", 2]
-    code, out, err = run(*command)
-    assert code == 0, err
-    assert out.count("we the") == 2 and run(*command)[1] == out
-    assert run(*command, "--seed", 5)[1] != out
+# --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-def test_greedy_tokens_are_the_uncached_models(trained):
-    model = load_model(trained / "checkpoints/step_00000003").eval()
-    ids = [1, 5, 9]
-    generated = list(generate(model, ids, 100, eos=-1, temperature=0))
-    assert len(generated) == TINY["context"] - len(ids)
-    for token in generated:
-        with torch.no_grad():
-            assert token == model(torch.tensor([ids]))[0, -1].argmax()
-        ids.append(token)
+def uncached(model, ids, count):
+    """The likeliest next token, `count` times, each time from all of the text."""
+    ids = list(ids)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[-count:]
+
+
+PROMPTS = [[1], [1, 5, 9], list(range(3, 131)), list(range(3, 132)), list(range(3, 203)), [1, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("device", ["cpu", "xla"])
+def test_greedy_tokens_are_the_uncached_models(random_run, device):
+    expected = load_model(find_checkpoint(random_run)).eval()
+    decoder = Decoder(load_model(find_checkpoint(random_run)), device)
+    for ids in PROMPTS:
+        assert list(generate(decoder, ids, 40, 300, eos=-1, temperature=0)) == uncached(expected, ids, 40)
+
+
+def test_an_xla_device_compiles_two_graphs_whatever_prompt_and_length():
+    decoder = Decoder(Llama(dataclasses.replace(MODEL, hidden_dim=72)), "xla")  # a shape that nobody has compiled yet
+    decoder.reserve(1)
+    before, after = met.metric_data("CompileTime")[0], []
+    for ids in PROMPTS:
+        assert len(list(generate(decoder, ids, 180, 300, eos=-1, temperature=0.9))) == 180
+        after.append(met.metric_data("CompileTime")[0] - before)
+    assert after == [1, 2, 2, 2, 2, 2]  # a token; and a chunk of a prompt
+
+
+def test_generation_ends_where_the_context_does(random_run):
+    model = load_model(find_checkpoint(random_run))
+    ids = [1] * (MODEL.context - 5)
+    for device in ("cpu", "xla"):
+        assert len(list(generate(Decoder(model, device), ids, 100, 300, eos=-1))) == 5
+
+
+def test_generation_ends_with_eos_and_never_draws_padding():
+    model = Llama(dataclasses.replace(MODEL, n_layers=1))
+    with torch.no_grad():
+        model.lm_head.weight[280:] = 100 * model.lm_head.weight[:20]  # the likeliest by far, in one direction or the other
+    decoder = Decoder(model)
+    drawn = {token for seed in range(10) for token in generate(decoder, [1, 2], 30, 280, eos=-1, temperature=2.0, seed=seed)}
+    assert max(drawn) < 280
+    first = next(generate(decoder, [1, 2], 30, 280, eos=-1, seed=3))
+    assert list(generate(decoder, [1, 2], 30, 280, eos=first, seed=3)) == []
 
 
 def test_draws_follow_temperature_top_k_and_top_p():
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    logits = torch.tensor([0.3, 0.5, 0.05, 0.15]).log()
     draw = torch.Generator().manual_seed(0)
 
     def share(temperature=1.0, top_k=0, top_p=1.0):
@@ -50,37 +91,130 @@ def test_draws_follow_temperature_top_k_and_top_p():
         return torch.tensor(picked).bincount(minlength=4) / len(picked)
 
     torch.testing.assert_close(share(), logits.exp(), rtol=0, atol=0.03)
-    torch.testing.assert_close(share(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), rtol=0, atol=0.03)
-    torch.testing.assert_close(share(top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), rtol=0, atol=0.03)
+    torch.testing.assert_close(share(top_k=2), torch.tensor([0.375, 0.625, 0, 0]), rtol=0, atol=0.03)
+    torch.testing.assert_close(share(top_p=0.6), torch.tensor([0.375, 0.625, 0, 0]), rtol=0, atol=0.03)
     torch.testing.assert_close(share(temperature=0.5), logits.mul(2).softmax(0), rtol=0, atol=0.03)
-    assert share(temperature=0)[0] == 1 and share(top_p=0.1)[0] == 1
+    assert share(temperature=0)[1] == share(top_p=0.1)[1] == share(temperature=1e-30)[1] == 1
+    assert share(top_k=99).gt(0).all()
 
 
-@pytest.mark.parametrize("text", ["we the people", "naïve 中文 😀", " two  spaces\n\nand lines\t"])
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["we the people", "naïve 中文 😀", " two  spaces\n\nand lines\t", "e\u0301 \ufffd \ufffd", "", "😀"])
 def test_streamed_text_is_the_whole_text(trained, text):
     processor = data.load_tokenizer(trained / "tokenizer.model")
-    ids = processor.encode(text)
-    pieces = list(stream(processor, ids[:1], ids[1:]))
-    assert processor.decode(ids[:1]) + "".join(pieces) == text
-    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+    ids = [processor.bos_id()] + processor.encode(text)
+    for start in range(1, len(ids) + 1):
+        pieces = list(stream(processor, ids[:start], ids[start:]))
+        assert len(pieces) == len(ids) - start + 1  # one for each token, and the rest
+        begun = processor.decode(ids[:start])
+        if not begun.endswith("\ufffd"):  # the first half of a character has been shown as such
+            assert begun + "".join(pieces) == text
+
+
+def test_streamed_text_of_any_tokens_is_what_sentencepiece_makes_of_them(trained):
+    processor = data.load_tokenizer(trained / "tokenizer.model")
+    generator = torch.Generator().manual_seed(0)
+    for low in (0, 259):  # with bytes that make no character, and control tokens; and without
+        for _ in range(50):
+            ids = torch.randint(low, 300, (40,), generator=generator).tolist()
+            assert "".join(stream(processor, [1], ids)) == processor.decode([1] + ids)
+
+
+def test_a_character_appears_when_all_its_bytes_are_there(trained):
+    processor = data.load_tokenizer(trained / "tokenizer.model")
+    ids = processor.encode("a😀e")
+    assert sum(map(processor.is_byte, ids)) == 4
+    assert list(stream(processor, ids[:1], ids[1:])) == ["", "", "", "😀", "e", ""]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_reproducible_and_end_in_time(trained):
+    command = ["sample.py", "--checkpoint", trained, "--prompt", "we the", "--max-new-tokens", 8, "--num-samples", 2]
+    code, out, err = run(*command)
+    assert code == 0 and err == ""
+    assert out.count("we the") == 2 and run(*command)[1] == out
+    assert run(*command, "--seed", 5)[1] != out
+
+
+def test_prompts_come_line_by_line_from_a_pipe(random_run):
+    command = ["sample.py", "--checkpoint", random_run, "--max-new-tokens", 5, "--temperature", 0]
+    code, out, err = run(*command, input="we the\n\npeople\\nof\r\n")
+    assert code == 0 and err == ""
+    alone = [run(*command, "--prompt", prompt)[1] for prompt in ("we the", "", "people\nof")]
+    assert out == "".join(alone) and alone[2].startswith("people\nof")
+
+
+def on_a_terminal(typed, *arguments):
+    """What a terminal shows when sample.py runs there and these lines are typed."""
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen([sys.executable, "sample.py", *map(str, arguments)], cwd=ROOT, stdin=terminal, stdout=terminal,
+                               stderr=terminal)
+    os.close(terminal)
+    shown, sent = b"", 0
+    with contextlib.suppress(OSError):  # which says that the process has closed it
+        while True:
+            shown += os.read(controller, 1 << 16)
+            if shown.count(b"prompt> ") > sent:
+                os.write(controller, typed[sent].encode())
+                sent += 1
+    os.close(controller)
+    return process.wait(timeout=60), shown.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_is_asked_for_prompts_and_told_the_speed(random_run):
+    control_d = "\x04"
+    typed = ["we " * 500 + "\n", "people of\n", control_d]
+    code, shown = on_a_terminal(typed, "--checkpoint", random_run, "--max-new-tokens", 7)
+    assert code == 0, shown
+    assert "error: the prompt has" in shown and "Traceback" not in shown
+    assert re.fullmatch(r"\[\d tokens in \d+\.\d s, \d+\.\d tokens/s\]", shown.strip().splitlines()[-1])
+
+
+def test_an_empty_prompt_begins_a_document_and_a_full_context_is_said(trained):
+    code, out, err = run("sample.py", "--checkpoint", trained, "--prompt", "", "--temperature", 0.9)
+    assert code == 0 and f"context of {TINY['context']} tokens is full" in err
+    model = load_model(find_checkpoint(trained))
+    processor = data.load_tokenizer(trained / "tokenizer.model")
+    tokens = list(generate(Decoder(model), [processor.bos_id()], 200, 300, processor.eos_id(), 0.9, 50))
+    assert len(tokens) == TINY["context"] - 1 and out == processor.decode(tokens) + "\n\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(trained):
+    code, out, err = run("-c", "import subprocess, sys; process = subprocess.Popen([sys.executable, 'sample.py', '--checkpoint', "
+                         f"'{trained}', '--prompt', 'we', '--num-samples', '50'], stdout=subprocess.PIPE); "
+                         "process.stdout.read(1); process.stdout.close(); sys.exit(process.wait())")
+    assert code == 141 and err.count("\n") == err.count("is full]") * 2
+
+
+def test_the_default_is_the_run_that_saved_last(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no run with a checkpoint under out/"):
+        find_checkpoint(None)
+    for name in ("b", "a"):
+        shutil.copytree(trained / "checkpoints", tmp_path / "out" / name / "checkpoints")
+    os.utime(tmp_path / "out/b/checkpoints/step_00000003", (0, 0))
+    assert find_checkpoint(None).parts[-4:] == ("out", "a", "checkpoints", "step_00000003")[-len(find_checkpoint(None).parts):]
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--checkpoint", "/nowhere"], "no checkpoint in /nowhere"),
     (["--temperature", "-1"], "expected --temperature and --top-k of at least 0"),
+    (["--temperature", "nan"], "expected --temperature and --top-k of at least 0"),
+    (["--num-samples", "0"], "expected --max-new-tokens and --num-samples of at least 1"),
     (["--prompt", "a b c d e f g h i j k l m n o p q r s t"], "the model reads 16 and needs room for one more"),
 ])
 def test_a_mistake_is_told_in_one_sentence(trained, arguments, message):
-    code, _, err = run("sample.py", "--checkpoint", trained, "--prompt", "we", *arguments)
-    assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1 and message in err
+    code, out, err = run("sample.py", "--checkpoint", trained, "--prompt", "we", *arguments)
+    assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1 and message in err and not out
 
 
 def test_a_damaged_checkpoint_is_told(trained, tmp_path):
     checkpoint = tmp_path / "step_00000003"
-    checkpoint.mkdir()
-    source = trained / "checkpoints/step_00000003"
-    for file in source.iterdir():
-        (checkpoint / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(trained / "checkpoints/step_00000003", checkpoint)
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     code, _, err = run("sample.py", "--checkpoint", checkpoint, "--prompt", "we")
