@@ -135,6 +135,7 @@ def tokenizer_files(path, processor, context):
     config = special | {
         "tokenizer_class": "PreTrainedTokenizerFast",  # which takes tokenizer.json as it is
         "model_max_length": context,
+        "model_input_names": ["input_ids", "attention_mask"],  # no token_type_ids, which generate() would refuse
         "add_bos_token": True,
         "add_eos_token": False,
         "split_special_tokens": True,  # "</s>" in a text is four characters, as for SentencePiece, and ends nothing

@@ -85,6 +85,7 @@ def save_model(out_dir, config, tokenizer):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+        model.lm_head.weight[3:259] = 0  # tokens of single bytes are never the likeliest: most sequences of them are no text
     content = tokenizer.read_bytes()
     checkpoint.write(out_dir / "checkpoints/step_00000000", {"model": dict(model.named_parameters())},
                      {"metrics.jsonl": b"", "tokenizer.model": content}, checkpoint.describe(0, 0, config, None, content))

@@ -101,7 +101,7 @@ def test_draws_follow_temperature_top_k_and_top_p():
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["we the people", "naïve 中文 😀", " two  spaces\n\nand lines\t", "e\u0301 \ufffd \ufffd", "", "😀"])
+@pytest.mark.parametrize("text", ["we the people", "naïve 中文 😀", " two  spaces\n\nand lines\t", "e\u0301 \ufffd \ufffd", ""])
 def test_streamed_text_is_the_whole_text(trained, text):
     processor = data.load_tokenizer(trained / "tokenizer.model")
     ids = [processor.bos_id()] + processor.encode(text)
@@ -184,10 +184,12 @@ def test_an_empty_prompt_begins_a_document_and_a_full_context_is_said(trained):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(trained):
-    code, out, err = run("-c", "import subprocess, sys; process = subprocess.Popen([sys.executable, 'sample.py', '--checkpoint', "
-                         f"'{trained}', '--prompt', 'we', '--num-samples', '50'], stdout=subprocess.PIPE); "
-                         "process.stdout.read(1); process.stdout.close(); sys.exit(process.wait())")
-    assert code == 141 and err.count("\n") == err.count("is full]") * 2
+    process = subprocess.Popen([sys.executable, "sample.py", "--checkpoint", trained, "--prompt", "we", "--num-samples", "99"],
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert [line for line in process.stderr.read().splitlines() if line and "is full]" not in line] == []
 
 
 def test_the_default_is_the_run_that_saved_last(trained, tmp_path, monkeypatch):
