@@ -1,6 +1,7 @@
 # make demo    install into .venv, prepare a corpus, train on the CPU through torch_xla (minutes), print samples
 # make test    what CI runs: lint and tests, without a TPU; needs the network only for the installation
-# make bench   speed of the loader, of data.py prepare and of checkpoints, on this machine
+# make test-eval  conversion under transformers 5 and lm-evaluation-harness, in .venv-eval
+# make bench   speed of data, checkpoints and sampling, on this machine
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -22,6 +23,9 @@ test: $(INSTALLED)
 	$(PY) -m ruff check
 	$(PY) -m pytest
 
+test-eval: .venv-eval/installed
+	.venv-eval/bin/python -m pytest -m "" tests/test_convert_to_hf.py tests/test_eval.py
+
 bench: $(INSTALLED)
 	$(PY) tools/bench.py
 
@@ -30,4 +34,9 @@ $(INSTALLED): pyproject.toml
 	$(PY) -m pip install --quiet --editable ".[demo,test]"
 	touch $@
 
-.PHONY: demo test bench
+.venv-eval/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/python -m pip install --quiet --editable ".[demo,eval]"
+	touch $@
+
+.PHONY: demo test test-eval bench
