@@ -1,37 +1,49 @@
-"""Speed of data and checkpoints on this machine, next to what it could be. Ratios first: times differ between machines.
+"""Speed of data, checkpoints and sampling on this machine, next to peers or what it could be. Ratios first: times differ
+between machines.
 
     python tools/bench.py            # or: make bench
 
 prepare  tokens/s of `data.py prepare` (reading, encoding, writing), against SentencePiece's own batch encoding of the same
          documents from memory with as many threads. Text: the demo's corpus, eight times.
-loader   milliseconds for a batch of 32 windows of 1,024 out of 10 billion tokens, and the memory that 1,000 of them cost.
+loader   milliseconds for a batch of 32 windows of 1,024 out of 10 billion tokens, and the memory that hundreds of them cost.
          The shards are sparse files: opening and reading them costs what real ones in the page cache do.
 save     seconds that saving a checkpoint of config/fwedu_124m.py (1.6 GB) keeps training waiting, and seconds until it is on
          the disk, against a plain copy of the same files (cp and fsync). The device is the CPU: its copy is one in memory.
 load     seconds to verify the checksums and to restore it, against the same copy.
+sample   greedy tokens/s of sample.py on the CPU, against transformers' generate with its cache: the same random weights of
+         config/fwedu_124m.py's shape in float32, one text, a prompt of 32 tokens and 200 more, which must be the same. Beside
+         it the time to the first token and the largest resident memory. Each runs in processes of its own, in turns, and once
+         before it counts.
 """
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
+import multiprocessing
 import os
+import resource
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import torch
 import torch_xla
 
 import checkpoint
+import convert_to_hf
 import data
 import process
 import train
+from sample import Decoder, generate
 
 
 def seconds(function, runs):
@@ -74,7 +86,8 @@ def own_memory():
     return int(line.split()[1]) * 1024
 
 
-def bench_loader(directory, batches=1_000):
+def bench_loader(directory, runs):
+    batches = 300 * runs
     paths = [directory / f"train_{i:05d}.bin" for i in range(10)]
     for path in paths:
         path.touch()
@@ -132,16 +145,64 @@ def bench_checkpoint(directory, runs):
           f"verify, {median['restore']:.2f} s to restore")
 
 
+PROMPT, NEW_TOKENS = list(range(1_000, 1_032)), 200
+
+
+def sample_with_ours(directory):
+    """A function that returns the first `count` greedy tokens behind PROMPT."""
+    decoder = Decoder(convert_to_hf.load_hf(directory))
+    return lambda count: list(generate(decoder, PROMPT, count, 32_000, eos=-1, temperature=0))
+
+
+def sample_with_transformers(directory):
+    """The same."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    ids = torch.tensor([PROMPT])
+    options = dict(attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True)
+    return lambda count: model.generate(ids, max_new_tokens=count, **options)[0, len(PROMPT):].tolist()
+
+
+def time_sampling(start, directory):
+    """(tokens, seconds for the first, seconds for all, bytes of memory at most), in a process of its own."""
+    sample = start(directory)
+    sample(NEW_TOKENS)
+    times = [time.perf_counter()]
+    for count in (1, NEW_TOKENS):
+        tokens = sample(count)
+        times.append(time.perf_counter())
+    return tokens, times[1] - times[0], times[2] - times[1], 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def bench_sampler(directory, runs):
+    config = train.load_config("config/fwedu_124m.py", ["--attention=math"])
+    model = train.Llama(config, seed=0)
+    (directory / "config.json").write_bytes(convert_to_hf.as_json(convert_to_hf.hf_config(config, "float32", None, None)))
+    checkpoint.write_tensors(directory / "model.safetensors", convert_to_hf.hf_tensors(model, "float32"))
+    results = collections.defaultdict(list)
+    for _, start in itertools.product(range(runs), (sample_with_ours, sample_with_transformers)):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            results[start].append(alone.submit(time_sampling, start, directory).result())
+    ours, theirs = (list(zip(*results[start])) for start in (sample_with_ours, sample_with_transformers))
+    if ours[0] != theirs[0]:
+        raise SystemExit("the greedy tokens differ from those of transformers")
+    (first, total, memory), (their_first, their_total, their_memory) = (map(statistics.median, x[1:]) for x in (ours, theirs))
+    print(f"sample   {their_total / total:.2f} x transformers' generate: {NEW_TOKENS / total:.1f} against "
+          f"{NEW_TOKENS / their_total:.1f} tokens/s, the same {NEW_TOKENS} tokens; the first after {1e3 * first:.0f} against "
+          f"{1e3 * their_first:.0f} ms; {memory / 2**20:,.0f} against {their_memory / 2**20:,.0f} MB")
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Speed of data and checkpoints.")
+    benches = {"loader": bench_loader, "prepare": bench_prepare, "checkpoint": bench_checkpoint, "sample": bench_sampler}
+    parser = argparse.ArgumentParser(description="Speed of data, checkpoints and sampling.")
     parser.add_argument("--runs", type=int, default=3, help="runs of which the median counts (%(default)s)")
+    parser.add_argument("--only", choices=benches, help="run this one only")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        bench_loader(Path(directory))
-    with tempfile.TemporaryDirectory() as directory:
-        bench_prepare(Path(directory), arguments.runs)
-    with tempfile.TemporaryDirectory() as directory:
-        bench_checkpoint(Path(directory), arguments.runs)
+    for name, bench in benches.items():
+        if arguments.only in (None, name):
+            with tempfile.TemporaryDirectory() as directory:
+                bench(Path(directory), arguments.runs)
 
 
 if __name__ == "__main__":
