@@ -9,14 +9,11 @@ it is generated, and ends with the document (eos), after --max-new-tokens, or wh
 said. An empty prompt begins a document; one that leaves no room in the context is an error. In prompts read line by line,
 \\n stands for a line break. On a machine with a TPU it runs there, on one core; else on the CPU in plain PyTorch.
 """
-import os
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: 2 MB pages for large tensors; 3 % of the time is finding 4 KB ones
-
 import argparse
 import contextlib
 import importlib.util
 import math
+import os
 import sys
 import time
 import warnings
@@ -42,11 +39,11 @@ def trace(function, inputs):
 class Decoder:
     """Reads tokens, and returns the logits of the next one.
 
-    XLA compiles a graph for each shape that it meets, which takes a TPU a minute. So on an XLA device there are two shapes,
-    a chunk of a prompt and a single token, whatever the prompt and however long the text: a chunk is padded, the cache is
-    as long as the context, and where to write and which logits to return are tensors, not numbers. A CPU computes at once
-    what it is told: there prompts need no padding, and the cache is about as long as needed, because attention reads all of
-    it. What costs time there, next to reading the weights, is Python, so a single token's operations are traced once.
+    XLA compiles a graph for each shape that it meets, which takes seconds. So on an XLA device there are two shapes, a chunk
+    of a prompt and a single token, whatever the prompt and however long the text: a chunk is padded, the cache is as long as
+    the context, and where to write and which logits to return are tensors, not numbers. A CPU computes at once what it is
+    told: there prompts need no padding, and the cache is about as long as needed, because attention reads all of it. What
+    costs time there, next to reading the weights, is Python, so a single token's operations are traced once.
     """
 
     def __init__(self, model, device="cpu"):

@@ -54,7 +54,10 @@ def main():
     state = read_state(checkpoint)
     if not state["tokenizer"]:
         raise UserError(f"{checkpoint} has no tokenizer, so its tokens have no text")
-    shards = find_shards(arguments.data or state["config"]["data_dir"], state["config"]["val_glob"])
+    trained_on = state["config"].get("data_dir")  # unknown of an imported model
+    if not (arguments.data or trained_on):
+        raise UserError(f"{checkpoint} does not say what data it was trained on; name a directory of shards with --data")
+    shards = find_shards(arguments.data or trained_on, state["config"].get("val_glob", "val_*.bin"))
     ids = np.concatenate([np.fromfile(path, TOKEN) for path in shards])
 
     texts = documents(ids, load_tokenizer(checkpoint / "tokenizer.model"))
