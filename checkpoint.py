@@ -44,7 +44,7 @@ def list_checkpoints(out_dir):
 
 def newest_run():
     """The directory under out/ of the run that saved last."""
-    runs = [path for path in Path("out").glob("*") if list_checkpoints(path)]
+    runs = [path for path in Path("out").glob("*") if path.suffix != ".partial" and list_checkpoints(path)]
     if not runs:
         raise UserError("there is no run with a checkpoint under out/; train one, or name one with --checkpoint")
     return max(runs, key=lambda run: list_checkpoints(run)[-1].stat().st_mtime)
@@ -53,7 +53,7 @@ def newest_run():
 def find_checkpoint(path):
     """The checkpoint at `path`: a checkpoint directory, or a run's directory, whose newest it then is; of the newest run under
     out/ if path is None."""
-    path = Path(path or newest_run())
+    path = newest_run() if path is None else Path(path)
     if Path(path, "state.json").is_file() or (path.is_dir() and COMPLETE.fullmatch(path.name)):
         return path
     if found := list_checkpoints(path):
@@ -174,8 +174,9 @@ def refuse_another_run(config, data_sha256, checkpoint):
     """Raises, with a list of the differences, unless a run with this config and data can go on from the checkpoint."""
     state = read_state(checkpoint)
     then, tokenizer = state["config"], tokenizer_path(config)
-    changed = [f"{key} was {then[key]!r}, is {value!r}" for key, value in dataclasses.asdict(config).items()
-               if key not in MAY_CHANGE and then.get(key, value) != value]  # of an imported model only the shape is known
+    imported = state["step"] == 0  # then only its shape is known
+    changed = [f"{key} was {then.get(key)!r}, is {value!r}" for key, value in dataclasses.asdict(config).items()
+               if key not in MAY_CHANGE and then.get(key, value if imported else None) != value]
     if state["data_sha256"] not in (None, data_sha256):
         changed.append(f"the training data was {then['train_glob']} in {then['data_dir']}, is {config.train_glob} in "
                        f"{config.data_dir} and differs")
@@ -316,7 +317,7 @@ def restore(checkpoint, model, optimizer):
     An imported model (convert_to_hf.py --from-hf) has no optimizer.safetensors: the moments stay what they are, zero."""
     state = read_state(checkpoint)
     for name, tensors in tensors_of(model, optimizer).items():
-        if f"{name}.safetensors" not in state["files"]:
+        if name == "optimizer" and state["step"] == 0:
             continue
         saved = load_tensors(checkpoint, name)
         if strange := tensors.keys() ^ saved.keys():

@@ -1,5 +1,4 @@
-"""Between this project's checkpoints and Hugging Face directories, which transformers, lm-evaluation-harness, vLLM and
-llama.cpp's converter read.
+"""Between this project's checkpoints and Hugging Face directories, which transformers and lm-evaluation-harness read.
 
     python convert_to_hf.py                                           # the newest run under out/ -> its hf/
     python convert_to_hf.py --checkpoint out/demo --output demo-hf --dtype bfloat16
@@ -67,9 +66,11 @@ def hf_config(config, dtype, bos, eos):
 def hf_tensors(model, dtype):
     """The model's weights in DTYPES[dtype], under Hugging Face's names."""
     tensors = {hf_name(name): p.detach().to(DTYPES[dtype]) for name, p in model.named_parameters()}
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{name} has values that are not finite in {dtype}; try another --dtype")
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f"{name} has values that are not finite: the weights are damaged, or the training has diverged")
+        if not tensors[hf_name(name)].isfinite().all():
+            raise UserError(f"{name} has values too large for {dtype}; try another --dtype")
     return tensors
 
 
@@ -81,7 +82,8 @@ def tokenizer_json(processor):
 
     transformers would write one too, but its version 5 reads a tokenizer of the class LlamaTokenizer in such a way that
     text starting with a space gets other ids. SentencePiece's BPE joins the neighbours whose union is the piece with the
-    highest score; here a list of pairs, in the order of that score, says the same.
+    highest score, the leftmost of several; here a list of pairs in the order of that score says the same. Where scores are
+    equal, as Mistral's are for runs of spaces, the longest left part comes first.
     """
     ids = range(processor.vocab_size())
     texts = ["a", "  a  b ", "\n\t", "e\N{COMBINING ACUTE ACCENT}", "\N{LATIN SMALL LIGATURE FI}", "\N{IDEOGRAPHIC SPACE}"]
@@ -98,7 +100,7 @@ def tokenizer_json(processor):
         pairs = [pair for pair in pairs if pair[0] in normal and pair[1] in normal]
         if len(piece) > 1 and not pairs:
             raise ValueError(f"its piece {piece!r} is not the union of two others, as in BPE")
-        merges += [(-processor.get_score(i), normal[left], normal[right], left, right) for left, right in pairs]
+        merges += [(-processor.get_score(i), -len(left), -len(right), left, right) for left, right in pairs]
     control = [i for i in ids if processor.is_control(i) or processor.is_unknown(i)]
     bos = processor.id_to_piece(processor.bos_id())
     return {
@@ -237,7 +239,7 @@ def read_json(path):
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no {path}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
@@ -263,16 +265,21 @@ def read_config(directory):
     for key, (value, default) in MUST_BE.items():
         if hf.get(key, default) != value:
             raise UserError(f"{path}: {key} = {hf.get(key)!r}, and this model can do {value!r} only")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    rope = {"rope_type": rope.get("type", "default"), "rope_theta": hf.get("rope_theta", 10_000.0)} | rope
-    if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"{path}: the rotary embedding is {rope}, and this model can do the default one only")
-    hf = hf | {"rope_theta": rope["rope_theta"]}
+    thetas = {hf["rope_theta"]} if "rope_theta" in hf else set()  # it may be said three times
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = hf.get(key) or {}
+        default = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
+        if not default or rope.get("partial_rotary_factor", 1) != 1:
+            raise UserError(f"{path}: {key} = {rope!r}, and this model can do the default rotary embedding only")
+        thetas |= {rope["rope_theta"]} if "rope_theta" in rope else set()
+    if len(thetas) > 1:
+        raise UserError(f"{path} contradicts itself: rope_theta is {' and '.join(map(str, thetas))}")
+    hf = hf | {"rope_theta": thetas.pop() if thetas else 10_000.0}
 
     def number(key, kind, default=None):
         value = hf.get(key)
         value = default if value is None else value
-        if type(value) not in (int, kind) or value <= 0:
+        if type(value) not in (int, kind) or not 0 < value < 2**31:
             raise UserError(f"{path}: {key} = {value!r}, expected a positive {kind.__name__}")
         return kind(value)
 
@@ -292,17 +299,25 @@ def read_config(directory):
 
 
 def read_tensors(directory):
-    """{name: tensor} of a Hugging Face directory, from one safetensors file or several that an index lists."""
+    """{name: tensor} of a Hugging Face directory: of model.safetensors or, without it, of the files that an index lists."""
     index = directory / "model.safetensors.index.json"
-    files = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
+    files = ["model.safetensors"]
+    if index.is_file() and not (directory / files[0]).exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{index} is damaged: weight_map is not a file for each tensor")
+        files = sorted(set(weight_map.values()))
     tensors = {}
     for file in files:
         if not (directory / file).is_file():
             raise UserError(f"{directory} has no {file}; weights in another form, such as pytorch_model.bin, are not read")
         try:
-            tensors |= safetensors.torch.load_file(directory / file)
+            found = safetensors.torch.load_file(directory / file)
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{directory / file} can't be read: {error}") from None
+        if twice := tensors.keys() & found.keys():
+            raise UserError(f"{directory} has the tensor {min(twice)} twice, the second time in {file}")
+        tensors |= found
     # transformers once stored the rotary wavelengths, which follow from rope_theta
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
 
@@ -314,14 +329,19 @@ def load_hf(directory):
     directory = Path(directory)
     config, kv_heads, tied = read_config(directory)
     tensors = read_tensors(directory)
-    if tied:
+    if tied and "model.embed_tokens.weight" in tensors:
         print(f"note: {directory} has one matrix for embedding and head; here the head is a copy", file=sys.stderr)
-        embedding = tensors.get("model.embed_tokens.weight")
+        embedding = tensors["model.embed_tokens.weight"]
         if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
             raise UserError(f"{directory}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
-    if kv_heads < config.n_heads:
+    copies = config.n_heads // kv_heads
+    if copies > 1:
         print(f"note: {directory} has {kv_heads} key-value heads for {config.n_heads} heads; here each head has a copy",
               file=sys.stderr)
+    described, held = num_parameters(config)[0], sum(tensor.numel() for tensor in tensors.values())
+    if described > 2 * copies * held or config.context > 2**20:  # before memory is taken for it
+        raise UserError(f"{directory}/config.json describes {described:,} parameters and a context of {config.context:,}; the "
+                        f"tensors hold {held:,} numbers, and a context may have {2**20:,}")
     model = Llama(config)
     parameters = {hf_name(name): p for name, p in model.named_parameters()}
     if strange := parameters.keys() ^ tensors.keys():
@@ -330,11 +350,14 @@ def load_hf(directory):
         tensor = tensors[name]
         if tensor.dtype not in DTYPES.values():
             raise UserError(f"{directory}: {name} is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
-        if kv_heads < config.n_heads and name.endswith(("k_proj.weight", "v_proj.weight")):
-            heads = tensor.unflatten(0, (kv_heads, -1)) if len(tensor) % kv_heads == 0 else tensor  # [kv heads, K, D]
-            tensor = heads.repeat_interleave(config.n_heads // kv_heads, dim=0).flatten(0, 1)  # [D, D]
-        if tensor.shape != p.shape:
-            raise UserError(f"{directory}: {name} has the shape {list(tensors[name].shape)}; config.json says another")
+        rows, *others = p.shape
+        shared = name.endswith(("k_proj.weight", "v_proj.weight"))
+        expected = [rows // copies if shared else rows, *others]
+        if list(tensor.shape) != expected:
+            raise UserError(f"{directory}: {name} has the shape {list(tensor.shape)}, and by config.json it is {expected}")
+        if shared:
+            heads = tensor.unflatten(0, (kv_heads, -1))  # [H / copies, K, D]
+            tensor = heads.repeat_interleave(copies, dim=0).flatten(0, 1)  # each head's next to its copies: [D, D]
         p.copy_(tensor)
     return model
 
@@ -362,21 +385,24 @@ def main():
     parser = argparse.ArgumentParser(description="Convert a checkpoint to a Hugging Face directory, or back.")
     parser.add_argument("--checkpoint", help="a run's directory or a checkpoint (default: the newest run under out/)")
     parser.add_argument("--output", help="directory to make (default: hf/ in the run's)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32)")
     parser.add_argument("--from-hf", metavar="DIR", help="convert this Hugging Face directory to a run instead")
     arguments = parser.parse_args()
-    if arguments.from_hf and not arguments.output:
-        raise UserError("--from-hf needs --output, the directory of the run to make")
-    checkpoint = None if arguments.from_hf else find_checkpoint(arguments.checkpoint)
-    if not arguments.output and checkpoint.absolute().parent.name != "checkpoints":
+    back = arguments.from_hf is not None
+    if back and (arguments.output is None or arguments.checkpoint is not None or arguments.dtype):
+        raise UserError("--from-hf needs --output, the directory of the run to make, and takes no --checkpoint and no --dtype")
+    checkpoint = None if back else find_checkpoint(arguments.checkpoint)
+    if arguments.output is None and checkpoint.absolute().parent.name != "checkpoints":
         raise UserError(f"{checkpoint} is in no run's checkpoints/; name a directory with --output")
-    output = Path(arguments.output or checkpoint.absolute().parent.parent / "hf")
+    output = Path(checkpoint.absolute().parent.parent / "hf" if arguments.output is None else arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not an empty directory; remove it, or name another with --output")
-    if arguments.from_hf:
+    if output.resolve() == Path.cwd():
+        raise UserError("--output is the current directory, which would be replaced; name one that is yet to be made")
+    if back:
         from_hf(arguments.from_hf, output)
     else:
-        to_hf(checkpoint, output, arguments.dtype)
+        to_hf(checkpoint, output, arguments.dtype or "float32")
 
 
 if __name__ == "__main__":

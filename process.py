@@ -85,7 +85,7 @@ def write_file(path, content):
 def write_directory(directory):
     """A directory to write files into. It gets the name `directory`, which may be that of an empty one, when all of them are
     on the disk; until then it ends in .partial, and if anything fails it is gone."""
-    whole = Path(directory).absolute()  # "." has no name
+    whole = Path(directory).resolve()  # "." has no name, and a link can't be replaced by a directory
     partial = whole.with_name(f"{whole.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir(parents=True)

@@ -19,6 +19,8 @@ import time
 import warnings
 from pathlib import Path
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # has torch put weights into memory pages of 2 MB: 2 % faster
+
 import torch
 
 from checkpoint import find_checkpoint, load_model, read_state
@@ -47,27 +49,27 @@ class Decoder:
     """
 
     def __init__(self, model, device="cpu"):
-        self.model, self.device, self.on_xla = model.eval().requires_grad_(False), torch.device(device), device == "xla"
-        self.chunk = math.gcd(CHUNK, model.config.context) if self.on_xla else model.config.context
-        self.cache = None
-        if not self.on_xla:
+        self.model, self.on_xla, self.cache = model.eval().requires_grad_(False), device == "xla", None
+        if self.on_xla:
+            import torch_xla
+            self.sync = torch_xla.sync
+            self.chunk = math.gcd(CHUNK, model.config.context)  # so that the last chunk, padded, ends within the context
+        else:
+            self.sync = lambda: None
+            self.chunk = model.config.context
             for layer in model.modules():
                 if isinstance(layer, torch.nn.Linear):  # the same, but stored column by column: 5 % faster for a single token
                     layer.weight.data = layer.weight.data.t().contiguous().t()
+        self.device = torch.device(device)
         model.to(self.device)
 
     def reserve(self, length):
-        """Makes room for `length` tokens, at most the model's context. What was read before is forgotten."""
+        """Makes room for `length` tokens, at most the model's context. If there was less, what was read is forgotten."""
         if self.cache is None or self.cache.length < length:
             context = self.model.config.context
             rounded = context if self.on_xla else min(context, 1 << (length - 1).bit_length())
             self.cache, self.traced = KVCache(self.model.config, 1, self.device, rounded), None
             self.sync()  # so that the cache is a buffer from the start, and not zeros that a graph makes
-
-    def sync(self):
-        if self.on_xla:
-            import torch_xla
-            torch_xla.sync()
 
     @torch.no_grad()  # inference_mode does not work on XLA
     def read(self, ids, position):
@@ -100,9 +102,9 @@ def pick(logits, temperature, top_k, top_p, generator):
     if temperature == 0:
         return int(logits.argmax())
     logits, ids = logits.topk(min(top_k or len(logits), len(logits)))  # likeliest first
-    probabilities = ((logits - logits[0]) / temperature).softmax(0)  # the difference, or a tiny temperature would overflow
-    before = probabilities.cumsum(0) - probabilities  # probability of all likelier ones; 0 for the likeliest
-    probabilities[before >= top_p] = 0
+    probabilities = (logits / temperature).softmax(0)
+    before = probabilities.cumsum(0) - probabilities  # probability of all likelier ones
+    probabilities[1:][before[1:] >= top_p] = 0  # the likeliest stays whatever top_p rounds to
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 
@@ -115,6 +117,8 @@ def generate(decoder, ids, max_new_tokens, vocab_size, eos, temperature=0.8, top
     position = 0
     while position + len(ids) < end:
         logits = decoder.read(ids, position)[:vocab_size]  # what a model has beyond that is padding
+        if not logits.isfinite().all():
+            raise UserError("the model's logits are not finite: its weights are damaged, or its training has diverged")
         position += len(ids)
         token = pick(logits, temperature, top_k, top_p, generator)
         if token == eos:
@@ -139,7 +143,7 @@ def stream(processor, ids, tokens):
             yield ""
             continue
         yield text[len(shown):]
-        if text != shown and not processor.is_byte(token):
+        if text != shown:
             window = [token]
             text = processor.decode(window)
         shown = text
@@ -152,7 +156,7 @@ def stream(processor, ids, tokens):
 def load(path):
     """The model, on the CPU, and the tokenizer of a run (its newest checkpoint), a checkpoint or a Hugging Face directory; of
     the newest run under out/ if path is None."""
-    if path and is_hf(path):
+    if path is not None and is_hf(path):
         directory, model = Path(path), load_hf(path)
         if not (directory / "tokenizer.model").is_file():
             raise UserError(f"{directory} has no tokenizer.model, the SentencePiece model that text is encoded with")
@@ -174,23 +178,28 @@ def default_device():
 
 def prompts():
     """The lines of standard input; a terminal is asked for them, until Ctrl-D."""
+    if sys.stdin is None:
+        raise UserError("standard input is closed; give a --prompt")
     if sys.stdin.isatty():
         import readline  # noqa: F401  lets input() edit lines and recall earlier ones
         with contextlib.suppress(EOFError):
             while True:
-                yield input("prompt> ").replace("\\n", "\n")
+                if not sys.stdout.isatty():  # a file, which is not to have this in it
+                    print("prompt> ", end="", file=sys.stderr, flush=True)
+                yield input("prompt> " if sys.stdout.isatty() else "").replace("\\n", "\n")
         print()
     else:
-        try:
-            for line in sys.stdin:
-                yield line.rstrip("\r\n").replace("\\n", "\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is not UTF-8: {error}") from None
+        for line in sys.stdin.buffer:
+            yield line.decode(errors="surrogateescape").rstrip("\r\n").replace("\\n", "\n")
 
 
 def continue_prompt(prompt, decoder, processor, arguments):
     """Prints --num-samples continuations of the prompt. Returns the number of tokens."""
     context = decoder.model.config.context
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8 come as surrogates
+        raise UserError(f"the prompt {prompt!r} is not UTF-8") from None
     ids = [processor.bos_id()] + processor.encode(prompt)
     if len(ids) >= context:
         raise UserError(f"the prompt has {len(ids):,} tokens; the model reads {context:,} and needs room for one more")
@@ -222,10 +231,16 @@ def main():
     parser.add_argument("--num-samples", type=int, default=1, help="continuations, with seeds from --seed on (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "xla"), help="xla is a TPU (default: where there is one)")
     arguments = parser.parse_args()
-    if not 0 <= arguments.temperature < math.inf or arguments.top_k < 0 or not 0 < arguments.top_p <= 1:
-        raise UserError("expected --temperature and --top-k of at least 0 and --top-p above 0, at most 1")
+    if not (arguments.temperature == 0 or 1e-3 <= arguments.temperature <= 1e3):
+        raise UserError(f"--temperature {arguments.temperature}: expected 0, or from 0.001 to 1000")
+    if arguments.top_k < 0 or not 0 < arguments.top_p <= 1:
+        raise UserError("expected --top-k of at least 0 and --top-p above 0, at most 1")
     if arguments.max_new_tokens < 1 or arguments.num_samples < 1:
         raise UserError("expected --max-new-tokens and --num-samples of at least 1")
+    if not 0 <= arguments.seed < arguments.seed + arguments.num_samples <= 2**63:
+        raise UserError("expected a --seed of at least 0, and --seed + --num-samples of at most 2^63")
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
 
     model, processor = load(arguments.checkpoint)
     decoder = Decoder(model, arguments.device or default_device())
@@ -239,7 +254,7 @@ def main():
                 raise
             print(f"error: {error}", file=sys.stderr)  # at a terminal there is another try
         seconds += time.perf_counter() - started
-    if tokens and sys.stdout.isatty():
+    if tokens and sys.stdout and sys.stdout.isatty():
         print(f"[{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s]", file=sys.stderr)
 
 

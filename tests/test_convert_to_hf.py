@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+import struct
 import sys
 
 import pytest
@@ -34,7 +35,8 @@ naïve café œuvre 中文日本語 한국어 Ελληνικά русский
 HARD = ["", " ", "  ", "   ", "a", " a", "  a", "a ", "a  b", "\n", "\n\n", " \n ", "\t", "\r\n", "x\ty", "hello\nworld", "😀",
         "👩\u200d👩\u200d👧 family", "🇩🇪", "中文 日本語 한국어", "e\u0301 n\u0303 \u0301", "\u200b\ufeff\u2028",
         "\ufb01 \u00bd \u212b", "\x00\x01\x02", "\x7f\x1b[0m", "\U0010ffff", "<s>", "</s>", "<unk>", "a<s>b", "</s> x",
-        " <s>hello</s>", "<0x0A>", "<0x0a", "1234567890", "İ ß", " " * 50, "a" * 50, "=-" * 40, "aaaa=====    \t\t\t",
+        " <s>hello</s>", "<0x0A>", "<0x0a", "1234567890", "İ ß", "a" * 50, "=-" * 40, "aaaa=====    \t\t\t",
+        *(" " * n + "x = 1" for n in range(3, 50)),
         "<html>\n<head>\n<title>My Website</title>"]
 HARD.append("".join(HARD) * 200)  # 100 kB
 HARD.append("\n".join(HARD[:-1]) + TEXT * 100)
@@ -53,9 +55,19 @@ def train_tokenizer(directory, vocab_size, **options):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """A SentencePiece model of 600 tokens, some of which can be joined to the spelling of a control token."""
+    """A SentencePiece model of 600 tokens, some of which can be joined to the spelling of a control token; runs of spaces have
+    the same score, as in Mistral's."""
     directory = tmp_path_factory.mktemp("tokenizer")
-    return train_tokenizer(directory, UNUSUAL.vocab_size, split_by_unicode_script=False)
+    path = train_tokenizer(directory, UNUSUAL.vocab_size, split_by_unicode_script=False)
+    content, processor = path.read_bytes(), data.load_tokenizer(path)
+    for i in range(UNUSUAL.vocab_size):
+        piece = processor.id_to_piece(i)
+        if set(piece) == {"▁"} and len(piece) > 1:  # in the protocol buffer: field 1, the piece, and field 2, its score
+            entry = b"\x0a" + bytes([len(piece.encode())]) + piece.encode() + b"\x15"
+            content = content.replace(entry + struct.pack("<f", processor.get_score(i)), entry + struct.pack("<f", -1e9))
+    path.write_bytes(content)
+    assert sum(data.load_tokenizer(path).get_score(i) == -1e9 for i in range(UNUSUAL.vocab_size)) > 3
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +206,10 @@ def their_model(directory, **changes):
     torch.manual_seed(0)
     config = LlamaConfig(**dict(vocab_size=600, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                                 num_attention_heads=4, max_position_embeddings=128, initializer_range=0.1) | changes)
+    if hasattr(config, "rope_parameters"):  # transformers 5, which says it nowhere else
+        config.rope_parameters["rope_theta"] = 500.0
+    else:
+        config.rope_theta = 500.0
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(directory, max_shard_size="100KB")
     assert len(list(directory.glob("model-*.safetensors"))) > 1
@@ -271,9 +287,16 @@ def tree(directory):
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ({"attention_bias": True}, "attention_bias = True"),
     ({"mlp_bias": True}, "mlp_bias = True"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}, "rotary embedding .*llama3"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "rotary embedding .*linear"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "rotary embedding .*yarn"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}, "rope_scaling = .*llama3"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope_scaling = .*linear"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "rope_parameters = .*yarn"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling = .*linear"),
+    ({"rope_parameters": [1]}, "rope_parameters = "),
+    ({"rope_theta": 1e4}, "contradicts itself: rope_theta is "),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan"),
+    ({"num_hidden_layers": 10**9}, "describes .* parameters"),
+    ({"vocab_size": 10**30}, "vocab_size = 1000000"),
+    ({"max_position_embeddings": 10**9}, "a context of 1,000,000,000"),
     ({"head_dim": 8}, "4 heads of head_dim = 8 .* do not make up hidden_size = 64"),
     ({"num_key_value_heads": 3}, "3 key-value heads do not make up"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -281,7 +304,7 @@ def tree(directory):
     ({"hidden_size": "64"}, "hidden_size = '64', expected a positive int"),
     ({"num_hidden_layers": 4}, "lacks, or should not have, the tensor model.layers.3"),
     ({"num_hidden_layers": 2}, "lacks, or should not have, the tensor model.layers.2"),
-    ({"intermediate_size": 90}, r"has the shape \[.*\]; config.json says another"),
+    ({"intermediate_size": 90}, r"has the shape \[.*\], and by config.json it is"),
     ({"tie_word_embeddings": True}, "lm_head.weight is not model.embed_tokens.weight"),
     ({"vocab_size": 1_000}, "model.embed_tokens.weight has the shape"),
 ])
@@ -344,6 +367,8 @@ def test_what_is_no_checkpoint_is_refused(refused, unusual, tmp_path):
     refused(["--checkpoint", tmp_path / "nowhere"], f"no checkpoint in {tmp_path / 'nowhere'}")
     refused(["--checkpoint", unusual / "hf", "--output", tmp_path / "out"], "no checkpoint in")
     refused(["--from-hf", unusual], "--from-hf needs --output")
+    refused(["--from-hf", unusual, "--output", tmp_path / "x", "--dtype", "float16"], "takes no --checkpoint and no --dtype")
+    refused(["--checkpoint", ""], "no checkpoint in .;")
     shutil.copytree(find_checkpoint(unusual), tmp_path / "alone")
     refused(["--checkpoint", tmp_path / "alone"], "is in no run's checkpoints/; name a directory with --output")
     assert [path.name for path in tmp_path.iterdir()] == ["alone"]
@@ -380,5 +405,5 @@ def test_weights_that_overflow_in_half_precision_are_refused(refused, tokenizer,
     state = read_state(find_checkpoint(tmp_path / "small"))
     write(tmp_path / "run/checkpoints/step_00000000", {"model": dict(model.named_parameters())},
           {"metrics.jsonl": b"", "tokenizer.model": tokenizer.read_bytes()}, state)
-    refused(["--checkpoint", tmp_path / "run", "--dtype", "float16"], "lm_head.weight has values .* not finite in float16")
+    refused(["--checkpoint", tmp_path / "run", "--dtype", "float16"], "lm_head.weight has values too large for float16")
     assert run("convert_to_hf.py", "--checkpoint", tmp_path / "run", "--dtype", "bfloat16")[0] == 0
