@@ -87,7 +87,8 @@ def write_directory(directory):
     on the disk; until then it ends in .partial, and if anything fails it is gone."""
     whole = Path(directory).resolve()  # "." has no name, and a link can't be replaced by a directory
     partial = whole.with_name(f"{whole.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    if partial.exists():  # of a process that was killed
+        shutil.rmtree(partial)
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -33,6 +33,7 @@ CHUNK = 128  # tokens of a prompt that an XLA device reads at once
 
 
 def trace(function, inputs):
+    """The operations that function(*inputs) runs, to be run again without Python. It is called once: real inputs, please."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that shapes become constants: they are
         return torch.jit.trace(function, inputs, check_trace=False)
