@@ -19,7 +19,7 @@ import torch
 from checkpoint import describe, find_checkpoint, load_model, verify, write, write_tensors
 from data import load_tokenizer
 from model import Llama, ModelConfig, num_parameters
-from process import UserError, run_command, write_directory, write_file
+from process import UserError, refuse_used, run_command, write_directory, write_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -395,8 +395,7 @@ def main():
     if arguments.output is None and checkpoint.absolute().parent.name != "checkpoints":
         raise UserError(f"{checkpoint} is in no run's checkpoints/; name a directory with --output")
     output = Path(checkpoint.absolute().parent.parent / "hf" if arguments.output is None else arguments.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and is not an empty directory; remove it, or name another with --output")
+    refuse_used(output, "--output")
     if output.resolve() == Path.cwd():
         raise UserError("--output is the current directory, which would be replaced; name one that is yet to be made")
     if back:

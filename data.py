@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from process import Progress, UserError, blocked, end_with_parent, flush, run_command, write_directory, write_file
+from process import Progress, UserError, blocked, end_with_parent, flush, refuse_used, run_command, write_directory, write_file
 
 TOKEN = np.dtype("<u2")
 LARGEST_VOCABULARY = 65_536  # what uint16 can name
@@ -591,8 +591,7 @@ def prepare(inputs, tokenizer, out, vocab_size=None, val_fraction=0.005, shard_t
     their text. Everything is written to OUT.partial, which is renamed to `out` when all of it is on the disk.
     """
     out, tokenizer = Path(out), Path(tokenizer)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists and is not an empty directory; name a new one, or delete it first")
+    refuse_used(out, "--out")
     if vocab_size is not None and not 0 < vocab_size <= LARGEST_VOCABULARY:
         raise UserError(f"--vocab-size {vocab_size:,} does not fit uint16 shards; expected 1 to {LARGEST_VOCABULARY:,}")
     if not 0 < val_fraction < 1:

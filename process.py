@@ -81,6 +81,12 @@ def write_file(path, content):
     return path
 
 
+def refuse_used(directory, option):
+    """Raises unless write_directory can make `directory`, which the user named by `option`: before any work is done for it."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{option} {directory} exists and is not an empty directory; name a new one, or delete it first")
+
+
 @contextlib.contextmanager
 def write_directory(directory):
     """A directory to write files into. It gets the name `directory`, which may be that of an empty one, when all of them are
@@ -167,8 +173,10 @@ def blocked(*signals):
     processes: they inherit that they are blocked."""
     multiprocessing.resource_tracker.ensure_running()  # or the first spawn starts it, which would unblock them again
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    yield
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
 def guarded_worker(index, worker, arguments, directory):

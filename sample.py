@@ -158,9 +158,10 @@ def load(path):
     """The model, on the CPU, and the tokenizer of a run (its newest checkpoint), a checkpoint or a Hugging Face directory; of
     the newest run under out/ if path is None."""
     if path is not None and is_hf(path):
-        directory, model = Path(path), load_hf(path)
+        directory = Path(path)
         if not (directory / "tokenizer.model").is_file():
             raise UserError(f"{directory} has no tokenizer.model, the SentencePiece model that text is encoded with")
+        model = load_hf(directory)
     else:
         directory = find_checkpoint(path)
         if not read_state(directory)["tokenizer"]:

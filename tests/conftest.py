@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -92,18 +93,33 @@ def save_model(out_dir, config, tokenizer):
     return model.eval()
 
 
+def limit_file_size(size):
+    """A preexec_fn for a process that can write no file of more bytes, as if the disk were full."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
 @pytest.fixture
-def fails_with(monkeypatch, capsys):
-    """Runs train.py's main in this process, which is quick, expects exit code 2 and returns the one line on stderr."""
+def mistake(monkeypatch, capsys):
+    """Calls a command's main in this process, which is quick, expects exit code 2 and returns (stdout, stderr)."""
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            run_command(main)
+        out, err = capsys.readouterr()
+        assert exit.value.code == 2, err
+        return out, err
+    return call
+
+
+@pytest.fixture
+def fails_with(monkeypatch, mistake):
+    """Calls train.py's main with a mistake, and returns the one line on stderr."""
     import train
 
-    def run_main(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    def call(*arguments):
         monkeypatch.setattr(train, "run_on_all_cores", lambda *args: pytest.fail("training was started"))
-        with pytest.raises(SystemExit) as exit:
-            run_command(train.main)
-        message = capsys.readouterr().err
+        _, message = mistake(train.main, *arguments)
         lines = [line for line in message.splitlines() if "checking token ids" not in line]
-        assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), message
+        assert len(lines) == 1 and lines[0].startswith("error: "), message
         return message
-    return run_main
+    return call

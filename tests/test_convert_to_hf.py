@@ -3,17 +3,15 @@ import dataclasses
 import json
 import os
 import re
-import resource
 import shutil
 import struct
-import sys
 
 import pytest
 import safetensors
 import safetensors.torch
 import sentencepiece
 import torch
-from conftest import ROOT, rows, run, save_model
+from conftest import ROOT, limit_file_size, rows, run, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import convert_to_hf
@@ -21,7 +19,6 @@ import data
 from checkpoint import find_checkpoint, load_model, load_tensors, read_state, write
 from convert_to_hf import hf_name, load_hf, tokenizer_json
 from model import ModelConfig
-from process import run_command
 from sample import Decoder, generate
 from train import load_config
 
@@ -268,14 +265,11 @@ def test_the_text_of_a_hugging_face_directory_is_the_runs(unusual):
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
-    """Calls the command's main in this process, which is quick, and expects exit code 2 and one sentence."""
+def refused(mistake):
+    """Calls the command's main, and expects one sentence on stderr, behind notes."""
     def call(arguments, message):
-        monkeypatch.setattr(sys, "argv", ["convert_to_hf.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            run_command(convert_to_hf.main)
-        out, err = capsys.readouterr()
-        assert exit.value.code == 2 and out == "" and re.search(message, err), err
+        out, err = mistake(convert_to_hf.main, *arguments)
+        assert out == "" and re.search(message, err), err
         assert [line.startswith("error: ") for line in err.splitlines() if not line.startswith("note: ")] == [True]
     return call
 
@@ -391,13 +385,10 @@ def test_an_output_that_is_not_empty_is_left_as_it_is(refused, unusual, tmp_path
     assert (tmp_path / "config.json").exists()
 
 
-def limit_file_size():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # the weights need more
-
-
 def test_a_full_disk_leaves_nothing(unusual, tmp_path):
+    full = limit_file_size(200_000)  # the weights need more
     for arguments in (["--checkpoint", unusual], ["--from-hf", unusual / "hf"]):
-        code, out, err = run("convert_to_hf.py", *arguments, "--output", tmp_path / "out", preexec_fn=limit_file_size)
+        code, out, err = run("convert_to_hf.py", *arguments, "--output", tmp_path / "out", preexec_fn=full)
         assert code == 2 and out == "" and re.fullmatch("error: .* can't be written: .*File too large.*\n", err)
         assert os.listdir(tmp_path) == []
 

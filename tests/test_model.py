@@ -6,6 +6,7 @@ import torch
 import torch_xla
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from convert_to_hf import hf_name
 from model import KVCache, Llama, ModelConfig, flops_per_token, num_parameters
 from train import load_config
 
@@ -30,8 +31,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(tokens):
         vocab_size=SMALL.vocab_size, hidden_size=SMALL.dim, intermediate_size=SMALL.hidden_dim, rms_norm_eps=SMALL.norm_eps,
         num_hidden_layers=SMALL.n_layers, num_attention_heads=SMALL.n_heads, max_position_embeddings=SMALL.context,
         rope_theta=SMALL.rope_theta, tie_word_embeddings=False, attn_implementation="eager"))
-    names = {name: name if name.startswith("lm_head") else f"model.{name}" for name in ours.state_dict()}
-    theirs.load_state_dict({names[name]: p for name, p in ours.state_dict().items()})
+    theirs.load_state_dict({hf_name(name): p for name, p in ours.state_dict().items()})
 
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     their_logits = theirs(inputs).logits
@@ -43,7 +43,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(tokens):
     their_loss.backward()
     their_parameters = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
-        assert relative_error(p.grad, their_parameters.pop(names[name]).grad) < 1e-5, name
+        assert relative_error(p.grad, their_parameters.pop(hf_name(name)).grad) < 1e-5, name
     assert not their_parameters
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch_xla
 import torch_xla.debug.metrics as met
-from conftest import ROOT, TINY, rows, run
+from conftest import ROOT, TINY, limit_file_size, rows, run
 from kill_and_resume import kill_and_resume, outcome
 
 import train
@@ -292,10 +291,6 @@ def test_kill_9_loses_nothing():
 # --- faults while saving ----------------------------------------------------------------------------------------------
 
 
-def limit_file_size():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # metrics.jsonl is smaller, the tensors are not
-
-
 def obey_permissions():
     """root writes where it likes, unless the capability for that is dropped."""
     drop_from_bounding_set, cap_dac_override = 24, 1
@@ -304,7 +299,7 @@ def obey_permissions():
 
 def test_a_full_disk_does_not_end_a_run_before_its_end(tiny, cut_short):
     process = start("train.py", tiny, f"--out_dir={cut_short}", *AS_STRAIGHT, "--checkpoint_every=2",
-                    preexec_fn=limit_file_size)
+                    preexec_fn=limit_file_size(50_000))  # metrics.jsonl is smaller, the tensors are not
     code, out, err = ended(process)
     assert code == 2 and "Traceback" not in err
     assert re.search(r"warning: step 10 is not saved: .*File too large.*; the newest checkpoint is .*step_00000008; "

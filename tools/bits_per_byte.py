@@ -54,10 +54,10 @@ def main():
     state = read_state(checkpoint)
     if not state["tokenizer"]:
         raise UserError(f"{checkpoint} has no tokenizer, so its tokens have no text")
-    trained_on = state["config"].get("data_dir")  # unknown of an imported model
-    if not (arguments.data or trained_on):
+    data_dir = arguments.data or state["config"].get("data_dir")
+    if not data_dir:  # an imported model
         raise UserError(f"{checkpoint} does not say what data it was trained on; name a directory of shards with --data")
-    shards = find_shards(arguments.data or trained_on, state["config"].get("val_glob", "val_*.bin"))
+    shards = find_shards(data_dir, state["config"].get("val_glob", "val_*.bin"))
     ids = np.concatenate([np.fromfile(path, TOKEN) for path in shards])
 
     texts = documents(ids, load_tokenizer(checkpoint / "tokenizer.model"))
