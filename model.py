@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flash_attention import flash_attention
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -90,15 +92,6 @@ def math_attention(q, k, v, future):
     return weights.to(v.dtype) @ v  # [B, H, T, K]
 
 
-def flash_attention(q, k, v):
-    """The same in tiles, by torch_xla's Pallas kernel: the [T, S] scores never reach the TPU's main memory."""
-    if q.device.type != "xla":
-        raise RuntimeError(f'attention="flash" is a TPU kernel and the model is on "{q.device}"; use attention="math"')
-    from torch_xla.experimental.custom_kernel import flash_attention as kernel
-
-    return kernel(q, k, v, causal=True, sm_scale=1 / math.sqrt(q.size(-1)))  # the kernel's default scale is 1.0
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -111,16 +104,15 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, future, remember):
         B, T, D = x.shape
-        q, k, v = (proj(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # [B, H, T, K]
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, T, D], heads side by side
+        if self.flash and remember is None:
+            return self.o_proj(flash_attention(q, k, v, cos, sin, self.n_heads))
+        q, k, v = (y.view(B, T, self.n_heads, -1).transpose(1, 2) for y in (q, k, v))  # [B, H, T, K]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if remember is not None:
             k, v = remember(k, v)  # [B, H, S, K]: these keys and values, behind all earlier ones
-        if self.flash and remember is None:
-            y = flash_attention(q, k, v)
-        else:
-            y = math_attention(q, k, v, future)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, D))  # heads side by side again: [B, T, D]
+        y = math_attention(q, k, v, future)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
 class SwiGLU(nn.Module):
@@ -147,6 +139,23 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, future, remember):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, future, remember)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def cross_entropy(x, head, targets):
+    """Mean of -log softmax(head(x))[target] in nats over all predictions: x [B, T, D], targets [B, T].
+
+    The same as F.cross_entropy, in a form that lets XLA compute each logit, [B T, V] of them, and be done with it: a comparison
+    instead of an index, and another shift. Softmax needs one, so that exp does not overflow. The usual one, a row's largest
+    logit, is known after all of them only. That of the target is known before, and does as well: it is in the sum, which
+    therefore is 1 at least, and exp overflows only where the loss is above 88.
+    """
+    x, targets = x.flatten(0, 1), targets.flatten()  # [B T, D] and [B T]
+    logits = head(x).float()  # [B T, V]
+    is_target = torch.arange(logits.size(-1), device=x.device) == targets[:, None]
+    with torch.no_grad():
+        shift = (x * F.embedding(targets, head.weight)).sum(-1)  # [B T]: the target's logit, but for rounding
+    log_sum = (logits - shift[:, None]).exp().sum(-1).log() + shift
+    return (log_sum - torch.where(is_target, logits, 0.0).sum(-1)).mean()
 
 
 class KVCache:
@@ -198,10 +207,10 @@ class Llama(nn.Module):
         Otherwise returns logits [B, T, V]; with a cache, tokens continue what the cache holds and are added to it.
         XLA clamps an id that is out of range instead of raising: whoever reads the data has to check it.
         """
-        logits = self.lm_head(self.hidden(tokens, cache))  # [B, T, V]
+        x = self.hidden(tokens, cache)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().long())  # over B * T predictions
+            return self.lm_head(x)  # [B, T, V]
+        return cross_entropy(x, self.lm_head, targets)
 
     def hidden(self, tokens, cache=None):
         """What the head makes logits of, [B, T, D]. Arguments as above."""

@@ -22,6 +22,7 @@ import json
 import math
 import re
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,8 @@ import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 import torch_xla.distributed.xla_multiprocessing as xmp
 import torch_xla.runtime as xr
+from torch.func import functional_call
+from torch_xla.experimental.assume_pure import assume_pure_torch
 from tqdm import tqdm
 
 import data
@@ -263,29 +266,70 @@ class Log:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def forward(model, tokens, config):
-    """Mean loss over the windows tokens [B, T + 1]: each position predicts the next."""
-    with torch.autocast("xla", torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        return model(tokens[:, :-1], targets=tokens[:, 1:])
+class Passes:
+    """Forward, and forward with backward, over a micro-batch: each one operation of the graph.
+
+    Writing down the hundreds of operations of a pass takes Python longer than computing them takes a TPU. So that is done
+    once: assume_pure_torch keeps what the first call traced, and all later calls refer to it. For a pure function that is the
+    same, so these get all that changes as tensors and return the sums: `total` of the losses, and of the gradients.
+    """
+
+    def __init__(self, model, config):
+        self.model, self.config = model, config
+        self.micro_batches = config.batch_size // (xr.world_size() * config.micro_batch_size)  # in a step, on a core
+        with torch.no_grad():  # as assume_pure_torch wants it; add_gradients turns it on again
+            self.add_loss, self.add_gradients = map(self.traced_once, (self.add_loss, self.add_gradients))
+
+    def traced_once(self, function):
+        def pure(*tensors):
+            return function(*tensors)
+
+        pure.__name__ = f"{function.__name__}_{zlib.crc32(repr(self.config).encode())}"  # by which it is remembered
+        return assume_pure_torch(pure, use_cache=True)
+
+    def weights(self):
+        """{name: weight}, those of matrix products in config.dtype: cast once for all micro-batches. The embedding is in
+        none of them, and its gradient, a sum over each token's occurrences, is to be summed in float32."""
+        dtype = getattr(torch, self.config.dtype)
+        return {name: p.to(dtype) if p.dim() == 2 and name != "embed_tokens.weight" else p.detach()
+                for name, p in self.model.named_parameters()}
+
+    def loss(self, tokens, weights):
+        """Mean loss over the windows tokens [B, T + 1]: each position predicts the next."""
+        with torch.autocast("xla", torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            return functional_call(self.model, weights, (tokens[:, :-1], tokens[:, 1:]))
+
+    def add_loss(self, tokens, weights, total):
+        return total + self.loss(tokens, weights)
+
+    def add_gradients(self, tokens, weights, total, gradients):
+        """(total, gradients): of the mean over the micro-batches of a step, when it has been called for each of them."""
+        with torch.enable_grad():
+            weights = {name: weight.requires_grad_() for name, weight in weights.items()}
+            loss = self.loss(tokens, weights) / self.micro_batches
+        added = torch.autograd.grad(loss, weights.values())
+        return total + loss.detach(), [gradient + more for gradient, more in zip(gradients, added)]
 
 
-def train_step(model, optimizer, batch, step, stop, zero, config):
+@torch.no_grad()
+def train_step(passes, optimizer, batch, step, stop, zero, config):
     """One optimiser step on this core's windows, batch [n, T + 1] on the host: accumulates the gradients of the
     micro-batches, averages them over the cores, clips, updates. Returns a report that nobody has waited for, a tensor [5]
     on the device: mean loss over all cores, gradient norm, updates skipped so far and in a row, and the number of cores
     on which `stop` is true. zero: a 0 on the device.
 
-    Gradients are set to zero after the last micro-batch, not before the first: so the first one adds to buffers like all
-    others and runs the same graph. A gradient of None, or a fresh torch.zeros for the loss, would be a second graph.
+    Three graphs: the casts of the weights, a micro-batch (run for each of them), the update. Gradients are set to zero after
+    the update and not None: so the first micro-batch adds to buffers like all others and runs the same graph.
     """
-    micro_batches = batch.split(config.micro_batch_size)
+    parameters = optimizer.param_groups[0]["params"]
+    weights = passes.weights()
+    torch_xla.sync()
     total = zero
-    for i, tokens in enumerate(micro_batches):
-        loss = forward(model, tokens.to(zero.device), config) / len(micro_batches)
-        loss.backward()
-        total = total + loss.detach()
-        if i + 1 < len(micro_batches):
-            torch_xla.sync()
+    for tokens in batch.split(config.micro_batch_size):
+        total, gradients = passes.add_gradients(tokens.to(zero.device), weights, total, [p.grad for p in parameters])
+        for p in reversed(parameters):  # a list that still held them would keep them in memory twice
+            p.grad.copy_(gradients.pop())
+        torch_xla.sync()
     stop = torch.tensor([float(stop)]).to(zero.device)  # [1], since a 0 or 1 of no dimension would be a constant of the graph
     loss, stops = xm.all_reduce(xm.REDUCE_SUM, torch.cat([total[None] / xr.world_size(), stop])).unbind()
     arguments = {"schedule": optimizer.schedule(step).to(zero.device), "loss": loss}
@@ -297,14 +341,15 @@ def train_step(model, optimizer, batch, step, stop, zero, config):
 
 
 @torch.no_grad()
-def evaluate(model, windows, zero, config):
+def evaluate(passes, windows, zero, config):
     """Mean loss over all cores' windows, of which this core has windows [n, T + 1]. Waits for the device."""
-    micro_batches = windows.split(config.micro_batch_size)
-    total = zero
+    weights = passes.weights()
+    torch_xla.sync()
+    total, micro_batches = zero, windows.split(config.micro_batch_size)
     for tokens in micro_batches:
-        total = total + forward(model, tokens.to(zero.device), config) / len(micro_batches)
+        total = passes.add_loss(tokens.to(zero.device), weights, total)
         torch_xla.sync()
-    mean_loss = xm.all_reduce(xm.REDUCE_SUM, total, scale=1 / xr.world_size())
+    mean_loss = xm.all_reduce(xm.REDUCE_SUM, total / len(micro_batches), scale=1 / xr.world_size())
     torch_xla.sync()
     return mean_loss.item()
 
@@ -322,7 +367,7 @@ def worker(config, checkpoint, deadline, stop_wanted):
         val_windows = torch.from_numpy(val_tokens.read(starts[rank::cores]))
 
     model = Llama(config, config.seed).to(device)
-    optimizer = AdamW(model.parameters(), config)
+    optimizer, passes = AdamW(model.parameters(), config), Passes(model, config)
     first_step = restore(checkpoint, model, optimizer) if checkpoint else 0
     zero = torch.zeros((), device=device)
     torch_xla.sync()  # from here on weights, moments, gradients and zero are buffers, not recipes
@@ -339,7 +384,7 @@ def worker(config, checkpoint, deadline, stop_wanted):
         started = time.perf_counter()
         batch = torch.from_numpy(train_tokens.train_batch(step, config.batch_size, config.seed, rank, cores))
         late = rank == 0 and time.monotonic() + 2 * (log.longest + saver.seconds) > deadline
-        report = train_step(model, optimizer, batch, step, late or stop_wanted(), zero, config)
+        report = train_step(passes, optimizer, batch, step, late or stop_wanted(), zero, config)
         log.host_seconds += time.perf_counter() - started
         done = step + 1
         stopping = log.read()  # an earlier step's report, while the device works on this step
@@ -350,7 +395,7 @@ def worker(config, checkpoint, deadline, stop_wanted):
             continue
         stopping |= log.read()
         if evaluating:
-            val_loss = evaluate(model, val_windows, zero, config)
+            val_loss = evaluate(passes, val_windows, zero, config)
             if rank == 0:
                 log.write({"step": done, "val_loss": val_loss}, "val loss {val_loss:.4f}")
         if rank == 0 and (saving or stopping) and not log.diverged:

@@ -94,11 +94,11 @@ def train_steps(config, steps):
     """Trains on the XLA device for the given step numbers, wishing to stop at every seventh; yields each loss, unread."""
     device = torch_xla.device()
     model = Llama(config, seed=0).to(device)
-    optimizer = AdamW(model.parameters(), config)
+    optimizer, passes = AdamW(model.parameters(), config), train.Passes(model, config)
     zero = torch.zeros((), device=device)
     torch_xla.sync()
     for step, batch in zip(steps, batches(config, len(steps))):
-        yield train.train_step(model, optimizer, batch, step, step % 7 == 6, zero, config)[0]
+        yield train.train_step(passes, optimizer, batch, step, step % 7 == 6, zero, config)[0]
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 4, 8])
