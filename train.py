@@ -37,6 +37,7 @@ from torch_xla.experimental.assume_pure import assume_pure_torch
 from tqdm import tqdm
 
 import data
+import flash_attention
 from checkpoint import Saver, checkpoint_to_resume, read_state, restore
 from model import Llama, ModelConfig, flops_per_token, num_parameters
 from process import UserError, read_assignments, run_command, run_on_all_cores, write_file
@@ -106,6 +107,15 @@ def check_config(values):
     if config.warmup_steps > config.max_steps:
         raise UserError(f"warmup_steps = {config.warmup_steps} is more than max_steps = {config.max_steps}")
     return config
+
+
+def check_attention(config, device_type):
+    if config.attention == "flash" and device_type != "TPU":
+        raise UserError(f"attention = 'flash' runs on a TPU and this is a {device_type}; use --attention=math")
+    if config.attention == "flash" and not flash_attention.supports(config):
+        raise UserError(f"attention = 'flash' needs heads whose width divides {flash_attention.LANES}, and dim and context that "
+                        f"are multiples of {flash_attention.LANES}; dim = {config.dim}, n_heads = {config.n_heads}, context = "
+                        f"{config.context}; use --attention=math")
 
 
 def print_help():
@@ -308,7 +318,7 @@ class Passes:
             weights = {name: weight.requires_grad_() for name, weight in weights.items()}
             loss = self.loss(tokens, weights) / self.micro_batches
         added = torch.autograd.grad(loss, weights.values())
-        return total + loss.detach(), [gradient + more for gradient, more in zip(gradients, added)]
+        return total + loss.detach(), [gradient + more for gradient, more in zip(gradients, added)][::-1]
 
 
 @torch.no_grad()
@@ -327,7 +337,7 @@ def train_step(passes, optimizer, batch, step, stop, zero, config):
     total = zero
     for tokens in batch.split(config.micro_batch_size):
         total, gradients = passes.add_gradients(tokens.to(zero.device), weights, total, [p.grad for p in parameters])
-        for p in reversed(parameters):  # a list that still held them would keep them in memory twice
+        for p in parameters:
             p.grad.copy_(gradients.pop())
         torch_xla.sync()
     stop = torch.tensor([float(stop)]).to(zero.device)  # [1], since a 0 or 1 of no dimension would be a constant of the graph
@@ -429,8 +439,7 @@ def main():
         if os.environ.get(name, "0") not in ("", "0"):
             raise UserError(f"{name} is set: it silently makes weights, moments and loss bfloat16. Unset it; "
                             "dtype=bfloat16 computes in bfloat16 and keeps those in float32")
-    if config.attention == "flash" and xr.device_type() != "TPU":
-        raise UserError(f"attention = 'flash' runs on a TPU and this is a {xr.device_type()}; use --attention=math")
+    check_attention(config, xr.device_type())
     train_tokens = data.check_data(config)
     checkpoint = checkpoint_to_resume(config, train_tokens.sha256())
     (total, in_matmuls), tokens = num_parameters(config), config.batch_size * config.context

@@ -1,0 +1,364 @@
+"""Compile the train step for a TPU v5e on a machine that has none, and print what the TPU's own compiler says of it.
+
+    python tools/compile_for_tpu.py config/fwedu_124m.py [--key=value ...] [--topology v5e:2x4] [--json FILE] [--hlo FILE]
+
+Whether a model, a micro_batch_size, an attention fit the chip's memory, and about how long a step takes, before any TPU time is
+spent on it. The graphs are those that train.py's train_step and evaluate make, called here with torch_xla.sync replaced by a
+function that keeps the pending graph instead of running it. libtpu, which compiles them, works on any x86-64 machine.
+
+The estimate is a floor, not a forecast. It adds up the cycles that the compiler expects of each operation, which leaves out:
+  flash attention    a kernel is a black box to the compiler. The cycles here are the instruction bundles that libtpu makes of
+                     flash_attention.py, counted in its dumps: for a window and 128 lanes of heads, and S = T (T + block) / 2 scores
+                     a head, forward 3.7 S / 1024 + 0.7 T a head and 0.6 T, backward 11.7 S / 1024 a head and 0.6 T. That is
+                     within a tenth of the count for contexts of 512 to 2,048 and heads of 32 to 128.
+  all-reduce         2 (n - 1) / n x bytes / 90 GB/s: a ring over n chips that sends both ways at 45 GB/s, the figure for a v5e link
+                     (https://jax-ml.github.io/scaling-book/tpus), and nothing else going on meanwhile.
+  the host           is assumed to be ahead; host_ms says whether it can be (tools/host_time.py).
+  all else           waiting for memory that the compiler did not foresee, launching graphs, evaluation and checkpoints.
+
+Exit code 1: it does not compile, or does not fit. All private calls of jax and torch_xla in this project are in this file.
+"""
+import argparse
+import os
+import sys
+
+parser = argparse.ArgumentParser(description="Compile train.py's step for a TPU v5e on a machine without one.")
+parser.add_argument("config", help="a config file, as for train.py; --key=value changes keys of it")
+parser.add_argument("--topology", default="v5e:2x4", help="chips, one core each (%(default)s)")
+parser.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
+parser.add_argument("--hlo", metavar="FILE", help="write the graphs, as HLO protos, to FILE.0, FILE.1, ...")
+
+if __name__ == "__main__":  # what follows must be in the environment before torch_xla and libtpu load
+    arguments, overrides = parser.parse_known_args()
+    version, _, shape = arguments.topology.partition(":")
+    sides = shape.split("x")
+    if version != "v5e" or not all(side.isdigit() and int(side) for side in sides) or len(sides) != 2:
+        parser.error(f"--topology {arguments.topology}: expected v5e:ROWSxCOLUMNS, as in v5e:2x4")
+    cores = int(sides[0]) * int(sides[1])
+    os.environ |= {
+        "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(cores), "JAX_PLATFORMS": "cpu",
+        "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1",  # names of scopes in the graphs
+        "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": f"v5litepod-{cores}", "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else libtpu looks for a TPU, and for others that use it
+    }
+
+import collections
+import contextlib
+import gc
+import json
+import multiprocessing
+import re
+import time
+import weakref
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version as installed
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jax
+import jax._src.tpu_custom_call
+import jax.experimental.pallas.tpu
+import numpy as np
+import torch
+import torch_xla
+import torch_xla.core.xla_model as xm
+from jax._src.interpreters import mlir
+from jax._src.lib import _jax, xla_client
+from jax._src.lib.mlir import ir
+from jax.experimental import topologies
+from torch.overrides import TorchFunctionMode
+
+import flash_attention
+import train
+from host_time import host_ms
+from model import flops_per_token
+from process import Progress, UserError, run_command, write_file
+
+CLOCK = 197e12 / (4 * 128 * 128 * 2)  # Hz: the 197 TFLOP/s of a v5e are 4 matrix units of 128 x 128 multiply-adds a cycle
+LINK = 90e9  # bytes/s of one link between chips, both ways together
+HBM = 15.75  # GiB of the chip's 16 that the compiler gives to a program
+
+
+# --- the graphs -------------------------------------------------------------------------------------------------------
+
+
+class SourceLines(TorchFunctionMode):
+    """Names what is put into the graph by the line of this repository that asked for it, the backward pass of a line too."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.scopes = set(), []
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        frame = sys._getframe(1)
+        while frame and Path(frame.f_code.co_filename).parent != ROOT:
+            frame = frame.f_back
+        line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "elsewhere"
+        scope = torch_xla._XLAC.profiler.scope_pusher(line)  # until it is deleted
+        result = function(*arguments, **(keywords or {}))
+        del scope
+        if isinstance(result, torch.Tensor) and result.grad_fn:
+            self.name_backward(result.grad_fn, line)
+        return result
+
+    def name_backward(self, node, line):
+        """All of `node` and of what led to it that has no name yet was added by `line`."""
+        if node is None or node in self.seen or node.name().endswith("AccumulateGrad"):
+            return
+        self.seen.add(node)
+        node.register_prehook(lambda *_: self.scopes.append(torch_xla._XLAC.profiler.scope_pusher(line)))
+        node.register_hook(lambda *_: self.scopes.clear())
+        for before, _ in node.next_functions:
+            self.name_backward(before, line)
+
+
+@dataclass
+class Graph:
+    proto: bytes  # an HLO module
+    line: str  # of train.py, where it was to be run
+    donated: list  # for each argument whether an output takes its memory: torch_xla does so with a tensor that is overwritten
+    live: int  # bytes of all tensors that exist on the device when it runs
+    runs: int = 0
+
+
+class Recorder:
+    """In place of torch_xla.sync: keeps the graph, and puts zeros where its results would be."""
+
+    def __init__(self):
+        self.graphs, self.real_sync = {}, torch_xla.sync
+        self.remember_buffers()
+
+    def tensors(self):
+        """All tensors on the device, in the order in which torch_xla has them."""
+        found = {torch_xla._XLAC._xla_get_tensor_id(t): t for t in gc.get_objects()
+                 if issubclass(type(t), torch.Tensor) and t.device.type == "xla"}
+        return [found[key] for key in sorted(found)]
+
+    def remember_buffers(self):
+        self.owners = {}
+        for t in self.tensors():
+            with contextlib.suppress(RuntimeError):  # it has no buffer: a placeholder of a function that was traced
+                self.owners[torch_xla._XLAC._get_tensors_handle([t])[0]] = weakref.ref(t)
+
+    def sync(self):
+        tensors = self.tensors()
+        pending = [t for t, needed in zip(tensors, torch_xla._XLAC._check_tensor_need_materialization(tensors)) if needed]
+        if not pending:
+            return
+        text = re.sub(r", metadata={[^}]*}", "", torch_xla._XLAC._get_xla_tensors_hlo(pending))  # names of scopes are numbered
+        inputs = torch_xla._XLAC._get_tensors_handle(torch_xla._XLAC._get_tensors_xla_device_data_node(pending)[1])
+        owners = {handle: owner() for handle, owner in self.owners.items()}
+        alive = {id(t): t for t in (*pending, *owners.values()) if t is not None}
+        overwritten, frame = set(map(id, pending)), sys._getframe(1)
+        graph = Graph(torch_xla._XLAC._get_xla_tensors_hlo_proto(pending),
+                      f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}",
+                      [id(owners.get(handle)) in overwritten for handle in inputs],
+                      sum(t.nbytes for t in alive.values()))
+        self.graphs.setdefault(text, graph).runs += 1
+        with torch.no_grad():
+            for t in pending:
+                t.copy_(torch.zeros(t.shape, dtype=t.dtype))
+        self.real_sync()  # puts them on the device: a number would be a constant of the next graph, as on a TPU it is not
+        self.remember_buffers()
+
+
+class LoweredForTPU:
+    """jax.jit, but for a TPU that is not there, which is what torch_xla asks it for in order to get at a Pallas kernel."""
+
+    def __init__(self, function, jit=jax.jit, **options):
+        self.jitted = jit(function, **options)
+
+    def __call__(self, *arguments, **keywords):
+        return self.jitted(*arguments, **keywords)
+
+    def lower(self, *arguments, **keywords):
+        return self.jitted.trace(*arguments, **keywords).lower(lowering_platforms=("tpu",))
+
+
+def record(config, cores):
+    """The graphs of an optimiser step and those of an evaluation of one micro-batch, as two lists of Graph."""
+    jax.jit = LoweredForTPU
+    jax._src.tpu_custom_call.get_ir_version = lambda context: 7  # libtpu 0.0.21 rejects 8, which jax 0.7.1 writes by default
+    device = torch_xla.device()
+    xm.set_replication(device, xm.get_xla_supported_devices())  # xr.world_size() is now `cores`
+    model = train.Llama(config).to(device)
+    optimizer, passes = train.AdamW(model.parameters(), config), train.Passes(model, config)
+    zero = torch.zeros((), device=device)
+    torch_xla.sync()
+    windows = torch.zeros(config.batch_size // cores, config.context + 1, dtype=torch.int32)
+    graphs, sync = [], torch_xla.sync
+    for function, arguments in ((train.train_step, (passes, optimizer, windows, 0, False, zero, config)),
+                                (train.evaluate, (passes, windows, zero, config))):
+        recorder = Recorder()
+        torch_xla.sync = recorder.sync
+        with SourceLines():
+            function(*arguments)
+        torch_xla.sync = sync
+        graphs.append(list(recorder.graphs.values()))
+    return graphs
+
+
+# --- compiling them ---------------------------------------------------------------------------------------------------
+
+
+def compile_graph(graph, devices):
+    """The graph as libtpu compiles it for all devices: (optimised HLO as text, bytes beside the live tensors)."""
+    module_text = _jax.mlir.xla_computation_to_mlir_module(_jax.XlaComputation(graph.proto))
+    with mlir.make_ir_context(), ir.Location.unknown():
+        module = ir.Module.parse(module_text)
+        main = next(op for op in module.body.operations if getattr(op, "name", None) and op.name.value == "main")
+        main.arg_attrs = ir.ArrayAttr.get([ir.DictAttr.get({"jax.buffer_donor": ir.BoolAttr.get(True)} if donated else {})
+                                           for donated in graph.donated])
+        bytecode = mlir.module_to_bytecode(module)
+    options = xla_client.CompileOptions()
+    build = options.executable_build_options
+    options.num_replicas = build.num_replicas = len(devices)
+    options.num_partitions = build.num_partitions = 1
+    options.device_assignment = xla_client.DeviceAssignment.create(np.arange(len(devices)).reshape(-1, 1))
+    executable = devices[0].client.compile(bytecode, executable_devices=xla_client.DeviceList(tuple(devices)),
+                                           compile_options=options)
+    memory = executable.get_compiled_memory_stats()
+    return executable.hlo_modules()[0].to_string(), memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+
+
+# --- what they cost ---------------------------------------------------------------------------------------------------
+
+
+def flash_cycles(config):
+    """Of a forward and of a backward kernel, for a micro-batch: see the top of this file."""
+    T, heads = config.context, flash_attention.LANES * config.n_heads // config.dim  # heads in the lanes
+    scores = T * (T + min(T, flash_attention.BLOCK)) / 2
+    programs = config.micro_batch_size * config.dim // flash_attention.LANES
+    return (programs * (heads * (3.7 * scores / 1024 + 0.7 * T) + 0.6 * T),
+            programs * (heads * 11.7 * scores / 1024 + 0.6 * T))
+
+
+def cost(text, config, cores):
+    """Of a compiled graph, run once: cycles by what they are spent on and cycles by source line, as two Counters."""
+    by_kind, by_line = collections.Counter(), collections.Counter()
+    for instruction in text.splitlines():
+        head, _, rest = instruction.partition(" = ")
+        kind, cycles = "compiler", 0.0
+        if match := re.search(r'"estimated_cycles":"(\d+)"', rest):
+            cycles = float(match[1])
+        elif 'custom_call_target="tpu_custom_call"' in rest:
+            kind, cycles = "flash", flash_cycles(config)[rest.startswith("(")]  # the backward kernel has several results
+        elif " all-reduce(" in rest or " all-reduce-start(" in rest:
+            shapes = re.findall(r"f32\[([\d,]*)\]", rest.split(" all-reduce")[0])
+            size = sum(4 * np.prod([int(side) for side in shape.split(",") if side]) for shape in shapes)
+            kind, cycles = "all_reduce", CLOCK * 2 * (cores - 1) / cores * size / LINK
+        if cycles:
+            lines = re.findall(r"(\w+\.py)_(\d+)", (re.search(r'op_name="([^"]*)"', rest) or [""])[0])
+            by_kind[kind] += cycles
+            by_line[":".join(lines[-1]) if lines else "moves and others without a line"] += cycles
+    return by_kind, by_line
+
+
+def total(costs):
+    """The sum of (Counter, times)."""
+    result = collections.Counter()
+    for counter, times in costs:
+        for key, value in counter.items():
+            result[key] += value * times
+    return result
+
+
+def estimate(config, cores, graphs, compiled):
+    """All figures of the report, as a dict. graphs: of a step and of an evaluation; compiled: {graph's proto: (text, bytes)}."""
+    step, evaluation = ([(cost(compiled[graph.proto][0], config, cores), graph.runs) for graph in part] for part in graphs)
+    kinds, lines = (total((costs[i], runs) for costs, runs in step) for i in (0, 1))
+    milliseconds = {kind: 1e3 * cycles / CLOCK for kind, cycles in kinds.items()}
+    evaluations = config.max_steps // config.eval_every if config.eval_every else 0
+    evaluation_ms = config.eval_batches * 1e3 / CLOCK * sum(
+        runs * sum(costs[0].values()) for costs, runs in evaluation)
+    step_ms = sum(milliseconds.values())
+    tokens = config.batch_size * config.context
+    return {
+        "hbm_gib": max(graph.live + compiled[graph.proto][1] for part in graphs for graph in part) / 2**30,
+        "graphs": [len(part) for part in graphs],
+        "cycles": dict(kinds) | {"sum": sum(kinds.values())},
+        "ms": milliseconds | {"sum": step_ms},
+        "tokens_per_s": 1e3 * tokens / step_ms,
+        "mfu": 1e3 * tokens / step_ms * flops_per_token(config) / (cores * 197e12),
+        "hours": (config.max_steps * step_ms + evaluations * evaluation_ms) / 3.6e6,
+        "lines": dict(lines.most_common(10)),
+    }
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def print_report(config, figures, graphs, compiled):
+    tokens, ms, cycles = config.batch_size * config.context, figures["ms"], figures["cycles"]
+    print(f"HBM per core      {figures['hbm_gib']:.2f} GiB of {HBM}")
+    print(f"graphs            {figures['graphs'][0]} for a step, {figures['graphs'][1]} for an evaluation")
+    for graph in graphs[0]:
+        by_kind = cost(compiled[graph.proto][0], config, cores)[0]
+        print(f"    {graph.line:12}  {graph.runs} x {sum(by_kind.values()) / 1e6:7.2f} M cycles, "
+              f"{(graph.live + compiled[graph.proto][1]) / 2**30:5.2f} GiB")
+    print(f"\nestimate for a step of {tokens:,} tokens     M cycles      ms")
+    for kind, name in (("compiler", "operations, by the compiler"), ("flash", "flash attention, by bundles"),
+                       ("all_reduce", "all-reduce, by bytes"), ("sum", "sum")):
+        if kind in ms:
+            print(f"    {name:40} {cycles[kind] / 1e6:8.2f} {ms[kind]:7.1f}")
+    print(f"tokens/s          {figures['tokens_per_s']:,.0f}\nMFU               {figures['mfu']:.1%}\n"
+          f"whole run         {figures['hours']:.2f} hours, evaluations included\n"
+          f"host_ms           {figures['host_ms']:.1f} on this machine, while the device computes"
+          + ("" if figures["host_ms"] < ms["sum"] / 2 else ": more than half of its time, so it may have to wait"))
+    print("\nmost expensive lines, forward and backward (a fusion counts for the line that it ends with)")
+    for line, cycles_of_line in figures["lines"].items():
+        name, _, number = line.partition(":")
+        text = (ROOT / name).read_text().splitlines()[int(number) - 1].strip() if number else ""
+        print(f"    {cycles_of_line / 1e6:7.2f} M  {line:20} {text[:90]}")
+
+
+@contextlib.contextmanager
+def environment_of_a_run():
+    """For processes that are started inside: without names in the graphs, which take time, and with one core."""
+    before = {name: os.environ.pop(name) for name in ("XLA_IR_DEBUG", "XLA_HLO_DEBUG", "CPU_NUM_DEVICES")}
+    try:
+        yield
+    finally:
+        os.environ |= before
+
+
+def main():
+    config = train.load_config(arguments.config, overrides)
+    if config.batch_size % (cores * config.micro_batch_size):
+        raise UserError(f"batch_size = {config.batch_size} is not a multiple of {cores} cores x micro_batch_size = "
+                        f"{config.micro_batch_size}")
+    train.check_attention(config, "TPU")
+    devices = topologies.get_topology_desc(arguments.topology, platform="tpu").devices
+    with environment_of_a_run(), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+        host = alone.submit(host_ms, config, cores).result()
+    graphs = record(config, cores)
+    distinct = {graph.proto: graph for part in graphs for graph in part}
+    if arguments.hlo:
+        for i, proto in enumerate(distinct):
+            write_file(Path(f"{arguments.hlo}.{i}"), proto)
+    started, compiled = time.perf_counter(), {}
+    print(f"{arguments.config} for {arguments.topology}, compiled by libtpu {installed('libtpu')}; nothing ran on a TPU", flush=True)
+    with Progress(len(distinct), "graph", "compiling") as progress:
+        for graph in distinct.values():
+            try:
+                compiled[graph.proto] = compile_graph(graph, devices)
+            except jax.errors.JaxRuntimeError as error:
+                progress.close()
+                sys.exit(f"does not compile: the graph that {graph.line} would run: {str(error)[:1000]}")
+            progress.update()
+    print(f"compiles          yes, in {time.perf_counter() - started:.0f} s")
+    figures = estimate(config, cores, graphs, compiled) | {"host_ms": host}
+    print_report(config, figures, graphs, compiled)
+    if arguments.json:
+        versions = {name: installed(name) for name in ("torch", "torch_xla", "jax", "libtpu")}
+        settings = {"config": arguments.config, "overrides": overrides, "topology": arguments.topology}
+        write_file(Path(arguments.json), json.dumps(settings | figures | {"versions": versions}, indent=1).encode() + b"\n")
+    if figures["hbm_gib"] > HBM:
+        sys.exit("does not fit; a smaller --micro_batch_size needs less")
+
+
+if __name__ == "__main__":
+    run_command(main)
