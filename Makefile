@@ -1,7 +1,7 @@
 # make demo    install into .venv, prepare a corpus, train on the CPU through torch_xla (minutes), print samples
 # make test    what CI runs: lint and tests, without a TPU; needs the network only for the installation
 # make test-eval  conversion under transformers 5 and lm-evaluation-harness, in .venv-eval
-# make bench   speed of data, checkpoints and sampling, on this machine
+# make bench   speed of training, data, checkpoints and sampling, on this machine, beside peers
 
 PYTHON ?= python3
 PY := .venv/bin/python

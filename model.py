@@ -106,7 +106,7 @@ class Attention(nn.Module):
         B, T, D = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, T, D], heads side by side
         if self.flash and remember is None:
-            return self.o_proj(flash_attention(q, k, v, cos, sin, self.n_heads))
+            return self.o_proj(flash_attention(q, k, v, cos, sin))
         q, k, v = (y.view(B, T, self.n_heads, -1).transpose(1, 2) for y in (q, k, v))  # [B, H, T, K]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if remember is not None:
@@ -142,20 +142,40 @@ class Block(nn.Module):
 
 
 def cross_entropy(x, head, targets):
-    """Mean of -log softmax(head(x))[target] in nats over all predictions: x [B, T, D], targets [B, T].
-
-    The same as F.cross_entropy, in a form that lets XLA compute each logit, [B T, V] of them, and be done with it: a comparison
-    instead of an index, and another shift. Softmax needs one, so that exp does not overflow. The usual one, a row's largest
-    logit, is known after all of them only. That of the target is known before, and does as well: it is in the sum, which
-    therefore is 1 at least, and exp overflows only where the loss is above 88.
-    """
-    x, targets = x.flatten(0, 1), targets.flatten()  # [B T, D] and [B T]
-    logits = head(x).float()  # [B T, V]
-    is_target = torch.arange(logits.size(-1), device=x.device) == targets[:, None]
+    """Mean of -log softmax(head(x))[target] in nats over all predictions: x [B, T, D], targets [B, T]."""
+    x, targets = x.flatten(0, 1), targets.flatten()  # [N, D] and [N], N = B T
     with torch.no_grad():
-        shift = (x * F.embedding(targets, head.weight)).sum(-1)  # [B T]: the target's logit, but for rounding
-    log_sum = (logits - shift[:, None]).exp().sum(-1).log() + shift
-    return (log_sum - torch.where(is_target, logits, 0.0).sum(-1)).mean()
+        shift = (x * F.embedding(targets, head.weight)).sum(-1, keepdim=True) + 16  # [N, 1]
+    return CrossEntropy.apply(head(x), targets, shift)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(logits [N, V], targets [N]), for a TPU and a large V.
+
+    Softmax is the same whatever is subtracted from a row of logits, but something must be, or exp overflows. Usually that is
+    the row's largest logit, and to find it takes a pass over all logits after they are computed. `shift` [N, 1] is known
+    before, so XLA sums up the exponentials while it multiplies: the target's logit, but for rounding, plus 16. So the sum has
+    exp(-16) in it, which float32 holds as exactly as any number, and overflows only if a loss is above 104: then the mean is
+    not finite.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, shift):
+        log_sum = (logits.float() - shift).exp().sum(-1, keepdim=True).log() + shift  # [N, 1]
+        ctx.save_for_backward(logits, targets, log_sum)
+        of_target = torch.where(is_target(logits, targets), logits.float(), 0.0).sum(-1)  # [N]
+        return (log_sum[:, 0] - of_target).mean()
+
+    @staticmethod
+    def backward(ctx, dloss):
+        logits, targets, log_sum = ctx.saved_tensors
+        softmax = (logits.float() - log_sum).exp()
+        return ((softmax - is_target(logits, targets).float()) * (dloss / len(logits))).to(logits.dtype), None, None
+
+
+def is_target(logits, targets):
+    """[N, V]: a comparison, which XLA computes on the way, where an index would have to reach into the logits."""
+    return torch.arange(logits.size(-1), device=targets.device, dtype=targets.dtype) == targets[:, None]
 
 
 class KVCache:

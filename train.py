@@ -16,31 +16,27 @@ if os.environ.get("TPU_PROCESS_ADDRESSES") == "local":  # Kaggle's image sets it
     for name in ("TPU_PROCESS_ADDRESSES", "CLOUD_TPU_TASK_ID"):  # one another; must be gone before torch_xla loads
         os.environ.pop(name, None)
 
-import contextlib
 import inspect
-import json
 import math
 import re
 import time
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
-import torch_xla.debug.metrics as met
 import torch_xla.distributed.xla_multiprocessing as xmp
 import torch_xla.runtime as xr
 from torch.func import functional_call
 from torch_xla.experimental.assume_pure import assume_pure_torch
-from tqdm import tqdm
 
 import data
 import flash_attention
 from checkpoint import Saver, checkpoint_to_resume, read_state, restore
-from model import Llama, ModelConfig, flops_per_token, num_parameters
-from process import UserError, read_assignments, run_command, run_on_all_cores, write_file
+from metrics import Log, due
+from model import Llama, ModelConfig, num_parameters
+from process import UserError, read_assignments, run_command, run_on_all_cores
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -109,13 +105,19 @@ def check_config(values):
     return config
 
 
+def check_batch_size(config, cores):
+    if config.batch_size % (cores * config.micro_batch_size):
+        raise UserError(f"batch_size = {config.batch_size} is not a multiple of {cores} cores x micro_batch_size = "
+                        f"{config.micro_batch_size}")
+
+
 def check_attention(config, device_type):
     if config.attention == "flash" and device_type != "TPU":
         raise UserError(f"attention = 'flash' runs on a TPU and this is a {device_type}; use --attention=math")
     if config.attention == "flash" and not flash_attention.supports(config):
-        raise UserError(f"attention = 'flash' needs heads whose width divides {flash_attention.LANES}, and dim and context that "
-                        f"are multiples of {flash_attention.LANES}; dim = {config.dim}, n_heads = {config.n_heads}, context = "
-                        f"{config.context}; use --attention=math")
+        raise UserError(f"attention = 'flash' needs multiples of {flash_attention.LANES} for dim = {config.dim} and context = "
+                        f"{config.context}, which is at most {flash_attention.LONGEST}, and dim / n_heads = "
+                        f"{config.dim // config.n_heads} must divide {flash_attention.LANES}; use --attention=math")
 
 
 def print_help():
@@ -192,87 +194,6 @@ class AdamW(torch.optim.Optimizer):
         return grad_norm
 
 
-# --- what a run reports -----------------------------------------------------------------------------------------------
-
-
-class Log:
-    """metrics.jsonl for programs, one aligned line for people, and on a terminal a bar with the time that is left.
-
-    All cores read the reports of the steps, since what these say of stopping concerns them all; core 0 writes. A report
-    that the device is still computing is not waited for: it is kept in `pending`, and read a step later, while the device
-    is busy with that step.
-    """
-
-    def __init__(self, config, checkpoint, first_step):
-        self.config, self.writes = config, xr.global_ordinal() == 0
-        self.path = Path(config.out_dir, "metrics.jsonl")
-        self.rows = bytearray(Path(checkpoint, "metrics.jsonl").read_bytes() if checkpoint else b"")
-        self.write_all()  # each step is in it once: what a run logged after its last checkpoint happens again
-        self.bar = tqdm(total=config.max_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False,
-                        disable=not (self.writes and sys.stderr.isatty()))
-        self.pending, self.diverged = None, ""
-        self.looked, self.longest = None, 0.0  # when a report was last read; the longest time between two
-        self.restart_clock(first_step)
-
-    def restart_clock(self, step, host_seconds=0.0):
-        """Begins the interval that the next row's speed is of; what happened before it does not count."""
-        self.since_step, self.since, self.host_seconds = step, time.perf_counter(), host_seconds
-
-    def read(self):
-        """Reads the report that is pending, if any. Returns whether all cores stop now."""
-        if self.pending is None:
-            return False
-        (step, report, host_seconds), self.pending = self.pending, None
-        loss, grad_norm, skipped, skipped_in_a_row, stops = report.tolist()
-        now = time.perf_counter()
-        self.longest, self.looked = max(self.longest, now - (self.looked or now)), now
-        if self.writes and (step == 1 or due(step, self.config.log_every, self.config)):
-            self.training(step, loss, grad_norm, int(skipped), host_seconds)
-        self.restart_clock(step, self.host_seconds)
-        if skipped_in_a_row > self.config.max_skipped:
-            self.diverged = (f"step {step}: loss {loss}, gradient norm {grad_norm}, {skipped_in_a_row:.0f} updates skipped in "
-                             "a row: diverged; start again with a lower learning_rate")
-        return bool(stops or self.diverged)
-
-    def training(self, step, loss, grad_norm, skipped, host_seconds):
-        config, steps, seconds = self.config, step - self.since_step, time.perf_counter() - self.since
-        tokens_per_s = steps * config.batch_size * config.context / seconds
-        mfu = tokens_per_s * flops_per_token(config) / (config.peak_tflops * 1e12 * xr.world_size())
-        row = {"step": step, "loss": loss, "lr": learning_rate(step - 1, config), "grad_norm": grad_norm,
-               "tokens": step * config.batch_size * config.context, "tokens_per_s": tokens_per_s,
-               "step_ms": 1e3 * seconds / steps, "host_ms": 1e3 * host_seconds / steps,
-               "mfu": mfu if xr.device_type() == "TPU" else None, "compiles": met.metric_data("CompileTime")[0],
-               "skipped": skipped}
-        self.write(row, "loss {loss:7.4f} | lr {lr:.2e} | grad norm {grad_norm:6.3f} | "
-                        "{step_ms:7.1f} ms (host {host_ms:5.1f}) | {tokens_per_s:9,.0f} tok/s" +
-                        (" | mfu {mfu:.1%}" if row["mfu"] else "") + (" | {skipped} updates skipped" if skipped else ""))
-        self.bar.update(step - self.bar.n)
-
-    def write(self, row, line):
-        finite = {key: value if value is None or math.isfinite(value) else None for key, value in row.items()}  # as in JSON
-        addition = json.dumps(finite).encode() + b"\n"
-        self.rows += addition
-        try:
-            if self.path.exists() and self.path.stat().st_size + len(addition) == len(self.rows):
-                with self.path.open("ab") as file:
-                    file.write(addition)
-            else:  # the disk was full, or somebody removed it
-                self.write_all()
-        except OSError as error:
-            self.say(f"warning: step {row['step']} is not in {self.path}: {error}; training goes on")
-        self.say(f"step {row['step']:6d}/{self.config.max_steps} | {line.format(**row)}")
-
-    def write_all(self):
-        if self.writes:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(self.path, self.rows)
-
-    def say(self, line):
-        with contextlib.suppress(OSError):  # a reader that is gone, as tee is after Ctrl-C, ends no run
-            self.bar.write(line, file=sys.stdout)
-            sys.stdout.flush()
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -285,40 +206,35 @@ class Passes:
     """
 
     def __init__(self, model, config):
-        self.model, self.config = model, config
+        self.model, self.names, self.config = model, [name for name, _ in model.named_parameters()], config
         self.micro_batches = config.batch_size // (xr.world_size() * config.micro_batch_size)  # in a step, on a core
-        with torch.no_grad():  # as assume_pure_torch wants it; add_gradients turns it on again
-            self.add_loss, self.add_gradients = map(self.traced_once, (self.add_loss, self.add_gradients))
+        self.add_loss, self.add_gradients = map(self.traced_once, (self.add_loss, self.add_gradients))
 
+    @torch.no_grad()  # assume_pure_torch insists on it, as its own results have no backward pass
     def traced_once(self, function):
         def pure(*tensors):
             return function(*tensors)
 
-        pure.__name__ = f"{function.__name__}_{zlib.crc32(repr(self.config).encode())}"  # by which it is remembered
+        what_it_depends_on = repr((self.config, self.micro_batches)).encode()
+        pure.__name__ = f"{function.__name__}_{zlib.crc32(what_it_depends_on)}"  # by which it is remembered
         return assume_pure_torch(pure, use_cache=True)
 
-    def weights(self):
-        """{name: weight}, those of matrix products in config.dtype: cast once for all micro-batches. The embedding is in
-        none of them, and its gradient, a sum over each token's occurrences, is to be summed in float32."""
-        dtype = getattr(torch, self.config.dtype)
-        return {name: p.to(dtype) if p.dim() == 2 and name != "embed_tokens.weight" else p.detach()
-                for name, p in self.model.named_parameters()}
-
-    def loss(self, tokens, weights):
+    def loss(self, tokens, parameters):
         """Mean loss over the windows tokens [B, T + 1]: each position predicts the next."""
         with torch.autocast("xla", torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            return functional_call(self.model, weights, (tokens[:, :-1], tokens[:, 1:]))
+            return functional_call(self.model, dict(zip(self.names, parameters)), (tokens[:, :-1], tokens[:, 1:]))
 
-    def add_loss(self, tokens, weights, total):
-        return total + self.loss(tokens, weights)
+    def add_loss(self, tokens, parameters, total):
+        return total + self.loss(tokens, parameters)
 
-    def add_gradients(self, tokens, weights, total, gradients):
-        """(total, gradients): of the mean over the micro-batches of a step, when it has been called for each of them."""
+    def add_gradients(self, tokens, parameters, total, gradients):
+        """(total, gradients), the latter from last to first. Called for each micro-batch of a step, it adds up the means."""
         with torch.enable_grad():
-            weights = {name: weight.requires_grad_() for name, weight in weights.items()}
-            loss = self.loss(tokens, weights) / self.micro_batches
-        added = torch.autograd.grad(loss, weights.values())
-        return total + loss.detach(), [gradient + more for gradient, more in zip(gradients, added)][::-1]
+            loss = self.loss(tokens, parameters) / self.micro_batches
+        added = torch.autograd.grad(loss, parameters)
+        sums = [gradient + more for gradient, more in zip(gradients, added)]
+        return total + loss.detach(), sums[::-1]  # XLA numbers inputs by the last result first. In this order it finds the
+        # memory of gradient i for result i, among all of that shape, and adds in place: 6 % of a step
 
 
 @torch.no_grad()
@@ -328,17 +244,14 @@ def train_step(passes, optimizer, batch, step, stop, zero, config):
     on the device: mean loss over all cores, gradient norm, updates skipped so far and in a row, and the number of cores
     on which `stop` is true. zero: a 0 on the device.
 
-    Three graphs: the casts of the weights, a micro-batch (run for each of them), the update. Gradients are set to zero after
-    the update and not None: so the first micro-batch adds to buffers like all others and runs the same graph.
+    Two graphs: a micro-batch, run for each of them, and the update. Gradients are set to zero after the update, and not to
+    None: so the first micro-batch adds to buffers like all others and runs the same graph.
     """
-    parameters = optimizer.param_groups[0]["params"]
-    weights = passes.weights()
-    torch_xla.sync()
-    total = zero
+    parameters, total = optimizer.param_groups[0]["params"], zero
     for tokens in batch.split(config.micro_batch_size):
-        total, gradients = passes.add_gradients(tokens.to(zero.device), weights, total, [p.grad for p in parameters])
+        total, gradients = passes.add_gradients(tokens.to(zero.device), parameters, total, [p.grad for p in parameters])
         for p in parameters:
-            p.grad.copy_(gradients.pop())
+            p.grad.copy_(gradients.pop())  # nothing else may hold it at the sync, or it is kept in memory a second time
         torch_xla.sync()
     stop = torch.tensor([float(stop)]).to(zero.device)  # [1], since a 0 or 1 of no dimension would be a constant of the graph
     loss, stops = xm.all_reduce(xm.REDUCE_SUM, torch.cat([total[None] / xr.world_size(), stop])).unbind()
@@ -353,11 +266,9 @@ def train_step(passes, optimizer, batch, step, stop, zero, config):
 @torch.no_grad()
 def evaluate(passes, windows, zero, config):
     """Mean loss over all cores' windows, of which this core has windows [n, T + 1]. Waits for the device."""
-    weights = passes.weights()
-    torch_xla.sync()
-    total, micro_batches = zero, windows.split(config.micro_batch_size)
+    parameters, total, micro_batches = list(passes.model.parameters()), zero, windows.split(config.micro_batch_size)
     for tokens in micro_batches:
-        total = passes.add_loss(tokens.to(zero.device), weights, total)
+        total = passes.add_loss(tokens.to(zero.device), parameters, total)
         torch_xla.sync()
     mean_loss = xm.all_reduce(xm.REDUCE_SUM, total / len(micro_batches), scale=1 / xr.world_size())
     torch_xla.sync()
@@ -368,9 +279,7 @@ def worker(config, checkpoint, deadline, stop_wanted):
     """The training run, as each core runs it. Cores differ in the windows they read, and core 0 also writes. It ends
     early if stop_wanted() on any core, or if by time.monotonic() there is just time to save before the deadline."""
     rank, cores, device = xr.global_ordinal(), xr.world_size(), torch_xla.device()
-    if config.batch_size % (cores * config.micro_batch_size):
-        raise UserError(f"batch_size = {config.batch_size} is not a multiple of {cores} cores x micro_batch_size = "
-                        f"{config.micro_batch_size}")
+    check_batch_size(config, cores)
     train_tokens, val_tokens = data.open_data(config)
     if val_tokens:
         starts = val_tokens.fixed_windows(config.eval_batches * config.batch_size)
@@ -399,7 +308,7 @@ def worker(config, checkpoint, deadline, stop_wanted):
         done = step + 1
         stopping = log.read()  # an earlier step's report, while the device works on this step
         if step == first_step or due(done, config.log_every, config):
-            log.pending, log.host_seconds = (done, report, log.host_seconds), 0.0
+            log.pending, log.host_seconds = (done, learning_rate(step, config), report, log.host_seconds), 0.0
         evaluating, saving = val_tokens and due(done, config.eval_every, config), due(done, config.checkpoint_every, config)
         if not (evaluating or saving or stopping):
             continue
@@ -421,11 +330,6 @@ def worker(config, checkpoint, deadline, stop_wanted):
         if done < config.max_steps:
             resume = "" if config.resume == "auto" else " with --resume=auto"
             log.say(f"stopped after step {done}; to go on: the same command{resume}")
-
-
-def due(done, every, config):
-    """Whether something that happens every so many steps, and at the end of the run, happens after `done` steps."""
-    return done == config.max_steps or (every and done % every == 0)
 
 
 def main():

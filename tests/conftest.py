@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-os.environ["PJRT_DEVICE"] = "CPU"  # before anything imports torch_xla
+os.environ |= {"PJRT_DEVICE": "CPU", "JAX_PLATFORMS": "cpu"}  # before anything imports torch_xla or jax
 import torch
 import torch_xla
 

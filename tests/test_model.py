@@ -7,7 +7,7 @@ import torch_xla
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from convert_to_hf import hf_name
-from model import KVCache, Llama, ModelConfig, flops_per_token, num_parameters
+from model import KVCache, Llama, ModelConfig, cross_entropy, flops_per_token, num_parameters
 from train import load_config
 
 SMALL = ModelConfig(vocab_size=97, dim=48, n_layers=3, n_heads=4, hidden_dim=80, context=32, rope_theta=500.0, norm_eps=1e-5)
@@ -45,6 +45,31 @@ def test_logits_loss_and_every_gradient_equal_transformers(tokens):
     for name, p in ours.named_parameters():
         assert relative_error(p.grad, their_parameters.pop(hf_name(name)).grad) < 1e-5, name
     assert not their_parameters
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("gap", [0, 30, 60, 79, 87, 100])
+def test_cross_entropy_is_exact_however_unlikely_the_target(gap, dtype, tolerance):
+    """Loss and gradients where the largest logit is `gap` above the target's, against F.cross_entropy in float64. On the XLA
+    device, which flushes to zero what is too small for a normal float32."""
+    draw, device = torch.Generator().manual_seed(0), torch_xla.device()
+    x = torch.randn(2, 8, 16, generator=draw).to(dtype)
+    head = torch.nn.Linear(16, 40, bias=False, dtype=dtype)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(40, 16, generator=draw) * 0.1)
+        x[..., 0] = 1
+        head.weight[:, 0] = torch.cat([torch.tensor([0.0]), torch.full((39,), gap - 40.0)])
+        head.weight[1, 0] = gap
+    targets = torch.zeros(2, 8, dtype=torch.int32)
+    leaves = [x.to(device).requires_grad_(), head.to(device).weight]
+    loss = cross_entropy(leaves[0], head, targets.to(device))
+    ours = torch.autograd.grad(loss, leaves)
+    exact = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
+    logits = exact[0].flatten(0, 1) @ exact[1].T
+    their_loss = torch.nn.functional.cross_entropy(logits, targets.flatten().long())
+    assert loss.item() == pytest.approx(their_loss.item(), rel=tolerance)
+    for mine, theirs in zip(ours, torch.autograd.grad(their_loss, exact)):
+        assert relative_error(mine.cpu().double(), theirs) < tolerance
 
 
 def test_no_logit_depends_on_a_later_token(tokens):

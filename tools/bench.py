@@ -1,30 +1,38 @@
-"""Speed of data, checkpoints and sampling on this machine, next to peers or what it could be. Ratios first: times differ
-between machines.
+"""Speed on this machine, next to peers or to what it could be, as a table: ratios first, since times differ between machines.
 
     python tools/bench.py            # or: make bench
 
-prepare  tokens/s of `data.py prepare` (reading, encoding, writing), against SentencePiece's own batch encoding of the same
-         documents from memory with as many threads. Text: the demo's corpus, eight times.
+train    training tokens/s on the CPU, of `train.py config/demo.py` through torch_xla, against the same shape, batch, precision
+         (float32) and optimiser (AdamW, clipped) in transformers' LlamaForCausalLM under its Trainer through torch_xla, and
+         against our model in plain eager PyTorch with torch.optim.AdamW. Each runs in processes of its own, in turns; the first
+         steps, which compile, don't count.
+host     milliseconds of Python for a step of config/fwedu_124m.py (host_time.py).
 loader   milliseconds for a batch of 32 windows of 1,024 out of 10 billion tokens, and the memory that hundreds of them cost.
          The shards are sparse files: opening and reading them costs what real ones in the page cache do.
-save     seconds that saving a checkpoint of config/fwedu_124m.py (1.6 GB) keeps training waiting, and seconds until it is on
-         the disk, against a plain copy of the same files (cp and fsync). The device is the CPU: its copy is one in memory.
+prepare  tokens/s of `data.py prepare` (reading, encoding, writing), against SentencePiece's own batch encoding of the same
+         documents from memory with as many threads. Text: the demo's corpus, eight times.
+save     seconds that saving a checkpoint of config/fwedu_124m.py (1.6 GB) keeps training waiting, against a plain copy of the
+         same files (cp and fsync). The device is the CPU: its copy is one in memory. Beside it, until it is on the disk.
 load     seconds to verify the checksums and to restore it, against the same copy.
 sample   greedy tokens/s of sample.py on the CPU, against transformers' generate with its cache: the same random weights of
          config/fwedu_124m.py's shape in float32, one text, a prompt of 32 tokens and 200 more, which must be the same. Beside
          it the time to the first token and the largest resident memory. Each runs in processes of its own, in turns, and once
          before it counts.
 """
+import os
+
+os.environ["PJRT_DEVICE"] = "CPU"  # before torch_xla loads
+
 import argparse
 import collections
 import dataclasses
 import itertools
 import json
 import multiprocessing
-import os
 import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 import torch_xla
+from host_time import host_ms
 
 import checkpoint
 import convert_to_hf
@@ -44,6 +53,10 @@ import data
 import process
 import train
 from sample import Decoder, generate
+
+
+def row(name, ratio, ours, peer="", notes=""):
+    print(f"{name:8} {ratio and f'{ratio:.2f} x':>7}  {ours:28} {peer:42} {notes}".rstrip(), flush=True)
 
 
 def seconds(function, runs):
@@ -54,6 +67,12 @@ def seconds(function, runs):
         function()
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
+
+
+def alone(function, *arguments):
+    """function(*arguments), in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def bench_prepare(directory, runs):
@@ -74,10 +93,9 @@ def bench_prepare(directory, runs):
         for split in writers:
             (directory / f"{split}_00000.bin").unlink()
 
-    alone = seconds(lambda: processor.encode(texts, num_threads=cores), runs)
+    peer = seconds(lambda: processor.encode(texts, num_threads=cores), runs)
     whole = seconds(ours, runs)
-    print(f"prepare  {alone / whole:.2f} x SentencePiece's batch encoding: {tokens / whole:,.0f} against {tokens / alone:,.0f} "
-          f"tokens/s, {cores} cores, {tokens:,} tokens")
+    row("prepare", peer / whole, f"{tokens / whole:,.0f} tokens/s", f"SentencePiece: {tokens / peer:,.0f}", f"{cores} cores")
 
 
 def own_memory():
@@ -99,9 +117,8 @@ def bench_loader(directory, runs):
         started = time.perf_counter()
         tokens.train_batch(step, batch_size=256, seed=0, rank=0, world_size=8)
         times.append(time.perf_counter() - started)
-    print(f"loader   {1e3 * statistics.median(times):.2f} ms for a batch of 32 windows (99 % under "
-          f"{1e3 * np.quantile(times, 0.99):.2f}), {(own_memory() - before) / 2**20:.1f} MB of memory for {batches:,} batches "
-          f"out of {tokens.num_tokens:,} tokens")
+    row("loader", None, f"{1e3 * statistics.median(times):.2f} ms a batch", "",
+        f"99 % under {1e3 * np.quantile(times, 0.99):.2f} ms; {(own_memory() - before) / 2**20:.1f} MB for {batches:,} batches")
 
 
 def bench_checkpoint(directory, runs):
@@ -139,10 +156,10 @@ def bench_checkpoint(directory, runs):
         timed("verify", checkpoint.verify, newest)
         timed("restore", restore, newest)
     median = {name: statistics.median(values[1:]) for name, values in times.items()}
-    print(f"save     training waits {median['wait'] / median['copy']:.2f} x a plain copy: {median['wait']:.2f} against "
-          f"{median['copy']:.2f} s; on the disk after {median['save']:.2f} s")
-    print(f"load     {(median['verify'] + median['restore']) / median['copy']:.2f} x a plain copy: {median['verify']:.2f} s to "
-          f"verify, {median['restore']:.2f} s to restore")
+    row("save", median["wait"] / median["copy"], f"{median['wait']:.2f} s of waiting", f"cp and fsync: {median['copy']:.2f} s",
+        f"on the disk after {median['save']:.2f} s")
+    row("load", (median["verify"] + median["restore"]) / median["copy"], f"{median['verify'] + median['restore']:.2f} s",
+        f"cp and fsync: {median['copy']:.2f} s", f"{median['verify']:.2f} s of it to verify")
 
 
 PROMPT, NEW_TOKENS = list(range(1_000, 1_032)), 200
@@ -182,20 +199,104 @@ def bench_sampler(directory, runs):
     checkpoint.write_tensors(directory / "model.safetensors", convert_to_hf.hf_tensors(model, "float32"))
     results = collections.defaultdict(list)
     for _, start in itertools.product(range(runs), (sample_with_ours, sample_with_transformers)):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-            results[start].append(alone.submit(time_sampling, start, directory).result())
+        results[start].append(alone(time_sampling, start, directory))
     ours, theirs = (list(zip(*results[start])) for start in (sample_with_ours, sample_with_transformers))
     if ours[0] != theirs[0]:
         raise SystemExit("the greedy tokens differ from those of transformers")
     (first, total, memory), (their_first, their_total, their_memory) = (map(statistics.median, x[1:]) for x in (ours, theirs))
-    print(f"sample   {their_total / total:.2f} x transformers' generate: {NEW_TOKENS / total:.1f} against "
-          f"{NEW_TOKENS / their_total:.1f} tokens/s, the same {NEW_TOKENS} tokens; the first after {1e3 * first:.0f} against "
-          f"{1e3 * their_first:.0f} ms; {memory / 2**20:,.0f} against {their_memory / 2**20:,.0f} MB")
+    row("sample", their_total / total, f"{NEW_TOKENS / total:.1f} tokens/s", f"transformers: {NEW_TOKENS / their_total:.1f}",
+        f"the first after {1e3 * first:.0f} against {1e3 * their_first:.0f} ms; {memory / 2**20:,.0f} against "
+        f"{their_memory / 2**20:,.0f} MB")
+
+
+CONFIG, STEPS, UNCOUNTED = "config/demo.py", 60, 20  # of a training run
+
+
+def train_with_ours(directory):
+    """Seconds for the counted steps, by what train.py logs."""
+    subprocess.run([sys.executable, "train.py", CONFIG, f"--data_dir={directory}", f"--out_dir={directory / 'out'}",
+                    f"--max_steps={STEPS}", "--warmup_steps=10", f"--log_every={UNCOUNTED}", "--eval_every=0",
+                    "--checkpoint_every=0", "--resume=never"], check=True, capture_output=True)
+    rows = [json.loads(line) for line in (directory / "out/metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(directory / "out")
+    return sum(row["step_ms"] * UNCOUNTED / 1e3 for row in rows if row["step"] > UNCOUNTED)
+
+
+def windows_of_steps(directory, config):
+    """The windows [B, T + 1] that train.py reads for each step."""
+    tokens = data.Tokens(data.find_shards(directory, "train_*.bin"), config.context, config.vocab_size)
+    for step in range(STEPS):
+        yield torch.from_numpy(tokens.train_batch(step, config.batch_size, config.seed, 0, 1)).long()
+
+
+def train_with_transformers(directory):
+    """Seconds for the counted steps of transformers' model and Trainer on the XLA device."""
+    import torch_xla.core.xla_model as xm
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    config, times = train.load_config(CONFIG), []
+    model = LlamaForCausalLM(LlamaConfig.from_dict(convert_to_hf.hf_config(config, "float32", None, None)))
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step in (UNCOUNTED, STEPS):
+                xm.wait_device_ops()
+                times.append(time.perf_counter())
+
+    arguments = TrainingArguments(
+        output_dir=directory / "peer", per_device_train_batch_size=config.batch_size, max_steps=STEPS, warmup_steps=10,
+        learning_rate=config.learning_rate, adam_beta1=config.beta1, adam_beta2=config.beta2, weight_decay=config.weight_decay,
+        max_grad_norm=config.grad_clip, lr_scheduler_type="cosine", optim="adamw_torch", logging_steps=UNCOUNTED,
+        save_strategy="no", report_to=[], disable_tqdm=True)
+    examples = [{"input_ids": window[:-1], "labels": window[:-1]} for windows in windows_of_steps(directory, config)
+                for window in windows]  # the model shifts the labels itself
+    Trainer(model, arguments, train_dataset=examples, callbacks=[Clock()]).train()
+    return times[1] - times[0]
+
+
+def train_with_eager(directory):
+    """Seconds for the counted steps of our model without XLA, as one would write it for that."""
+    config, times = train.load_config(CONFIG), []
+    model = train.Llama(config, seed=0)
+    groups = [{"params": [p for p in model.parameters() if (p.dim() == 2) == is_matrix],
+               "weight_decay": config.weight_decay * is_matrix} for is_matrix in (True, False)]
+    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2))
+    for step, windows in enumerate(windows_of_steps(directory, config)):
+        if step == UNCOUNTED:
+            times.append(time.perf_counter())
+        torch.nn.functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(step, config)
+        optimizer.step()
+        optimizer.zero_grad()
+    return time.perf_counter() - times[0]
+
+
+def bench_train(directory, runs):
+    config, draw = train.load_config(CONFIG), np.random.default_rng(0)
+    for split in ("train", "val"):
+        draw.integers(0, config.vocab_size, 1_000_000).astype(data.TOKEN).tofile(directory / f"{split}_00000.bin")
+    peers = {"": train_with_ours, "Trainer": train_with_transformers, "eager": train_with_eager}
+    times = collections.defaultdict(list)
+    for _, name in itertools.product(range(runs), peers):
+        times[name].append(alone(peers[name], directory))
+    tokens = (STEPS - UNCOUNTED) * config.batch_size * config.context
+    ours = statistics.median(times.pop(""))
+    for name, values in times.items():
+        theirs = statistics.median(values)
+        row("train", theirs / ours, f"{tokens / ours:,.0f} tokens/s", f"{name}: {tokens / theirs:,.0f}")
+
+
+def bench_host(directory, runs):
+    config = train.load_config("config/fwedu_124m.py")
+    row("host", None, f"{statistics.median(alone(host_ms, config) for _ in range(runs)):.1f} ms a step")
 
 
 def main():
-    benches = {"loader": bench_loader, "prepare": bench_prepare, "checkpoint": bench_checkpoint, "sample": bench_sampler}
-    parser = argparse.ArgumentParser(description="Speed of data, checkpoints and sampling.")
+    benches = {"train": bench_train, "host": bench_host, "loader": bench_loader, "prepare": bench_prepare,
+               "checkpoint": bench_checkpoint, "sample": bench_sampler}
+    parser = argparse.ArgumentParser(description="Speed of training, data, checkpoints and sampling, beside peers.")
     parser.add_argument("--runs", type=int, default=3, help="runs of which the median counts (%(default)s)")
     parser.add_argument("--only", choices=benches, help="run this one only")
     arguments = parser.parse_args()

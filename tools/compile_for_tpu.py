@@ -6,17 +6,17 @@ Whether a model, a micro_batch_size, an attention fit the chip's memory, and abo
 spent on it. The graphs are those that train.py's train_step and evaluate make, called here with torch_xla.sync replaced by a
 function that keeps the pending graph instead of running it. libtpu, which compiles them, works on any x86-64 machine.
 
-The estimate is a floor, not a forecast. It adds up the cycles that the compiler expects of each operation, which leaves out:
-  flash attention    a kernel is a black box to the compiler. The cycles here are the instruction bundles that libtpu makes of
-                     flash_attention.py, counted in its dumps: for a window and 128 lanes of heads, and S = T (T + block) / 2 scores
-                     a head, forward 3.7 S / 1024 + 0.7 T a head and 0.6 T, backward 11.7 S / 1024 a head and 0.6 T. That is
-                     within a tenth of the count for contexts of 512 to 2,048 and heads of 32 to 128.
-  all-reduce         2 (n - 1) / n x bytes / 90 GB/s: a ring over n chips that sends both ways at 45 GB/s, the figure for a v5e link
-                     (https://jax-ml.github.io/scaling-book/tpus), and nothing else going on meanwhile.
-  the host           is assumed to be ahead; host_ms says whether it can be (tools/host_time.py).
-  all else           waiting for memory that the compiler did not foresee, launching graphs, evaluation and checkpoints.
+The estimate is no forecast: it says what a step takes if nothing ever waits. It adds up
+  operations         the cycles that the compiler expects of each. A fusion counts for the source line that it ends with.
+  gather, scatter, sort   of the embedding: the compiler has no estimate; here the bytes they read and write / 819 GB/s.
+  flash attention    no estimate either. A kernel of flash_attention.py is a straight line of instruction bundles, one a cycle,
+                     run for each window and each 128 lanes of heads: libtpu compiles it alone, and its bundles are counted.
+  all-reduce         2 (n - 1) / n x bytes / 90 GB/s: a ring over n chips that sends both ways at 45 GB/s, which is what a link
+                     of a v5e does (https://jax-ml.github.io/scaling-book/tpus), with nothing else going on meanwhile.
+and leaves out whatever waits for the host (host_ms says whether that can keep up, see host_time.py) or for memory that the
+compiler did not foresee, the launching of graphs, and checkpoints.
 
-Exit code 1: it does not compile, or does not fit. All private calls of jax and torch_xla in this project are in this file.
+Exit code 1: it does not compile, or does not fit. Outside of tests, all private calls of jax and torch_xla are in this file.
 """
 import argparse
 import os
@@ -40,31 +40,36 @@ if __name__ == "__main__":  # what follows must be in the environment before tor
         "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1",  # names of scopes in the graphs
         "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": f"v5litepod-{cores}", "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else libtpu looks for a TPU, and for others that use it
+        "LIBTPU_INIT_ARGS": "--xla_tpu_use_enhanced_launch_barrier=false --xla_latency_hiding_scheduler_rerun=1 "
+        "--xla_tpu_prefer_async_allgather_to_allreduce=true --xla_tpu_enable_flash_attention=false "
+        "--xla_enable_async_all_gather=true --xla_enable_async_collective_permute=true",  # as torch_xla sets it on a v5e
     }
 
 import collections
 import contextlib
 import gc
 import json
+import math
 import multiprocessing
 import re
+import tempfile
 import time
 import weakref
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import jax
-import jax._src.tpu_custom_call
-import jax.experimental.pallas.tpu
 import numpy as np
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
+from host_time import host_ms
 from jax._src.interpreters import mlir
 from jax._src.lib import _jax, xla_client
 from jax._src.lib.mlir import ir
@@ -73,12 +78,12 @@ from torch.overrides import TorchFunctionMode
 
 import flash_attention
 import train
-from host_time import host_ms
 from model import flops_per_token
-from process import Progress, UserError, run_command, write_file
+from process import Progress, run_command, write_file
 
 CLOCK = 197e12 / (4 * 128 * 128 * 2)  # Hz: the 197 TFLOP/s of a v5e are 4 matrix units of 128 x 128 multiply-adds a cycle
 LINK = 90e9  # bytes/s of one link between chips, both ways together
+MEMORY = 819e9  # bytes/s of a chip's HBM
 HBM = 15.75  # GiB of the chip's 16 that the compiler gives to a program
 
 
@@ -120,7 +125,7 @@ class Graph:
     proto: bytes  # an HLO module
     line: str  # of train.py, where it was to be run
     donated: list  # for each argument whether an output takes its memory: torch_xla does so with a tensor that is overwritten
-    live: int  # bytes of all tensors that exist on the device when it runs
+    others: int  # bytes of the tensors that are on the device meanwhile and not in this graph
     runs: int = 0
 
 
@@ -152,12 +157,14 @@ class Recorder:
         inputs = torch_xla._XLAC._get_tensors_handle(torch_xla._XLAC._get_tensors_xla_device_data_node(pending)[1])
         owners = {handle: owner() for handle, owner in self.owners.items()}
         alive = {id(t): t for t in (*pending, *owners.values()) if t is not None}
+        used = {id(owners.get(handle)) for handle in inputs} | set(map(id, pending))
         overwritten, frame = set(map(id, pending)), sys._getframe(1)
         graph = Graph(torch_xla._XLAC._get_xla_tensors_hlo_proto(pending),
                       f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}",
                       [id(owners.get(handle)) in overwritten for handle in inputs],
-                      sum(t.nbytes for t in alive.values()))
+                      sum(t.nbytes for key, t in alive.items() if key not in used))
         self.graphs.setdefault(text, graph).runs += 1
+        self.graphs[text].others = max(self.graphs[text].others, graph.others)
         with torch.no_grad():
             for t in pending:
                 t.copy_(torch.zeros(t.shape, dtype=t.dtype))
@@ -165,23 +172,17 @@ class Recorder:
         self.remember_buffers()
 
 
-class LoweredForTPU:
-    """jax.jit, but for a TPU that is not there, which is what torch_xla asks it for in order to get at a Pallas kernel."""
-
-    def __init__(self, function, jit=jax.jit, **options):
-        self.jitted = jit(function, **options)
-
-    def __call__(self, *arguments, **keywords):
-        return self.jitted(*arguments, **keywords)
-
-    def lower(self, *arguments, **keywords):
-        return self.jitted.trace(*arguments, **keywords).lower(lowering_platforms=("tpu",))
+def jit_for_tpu(function, jit=jax.jit, **options):
+    """jax.jit. But where torch_xla asks it for a Pallas kernel, it lowers that for a TPU, even if there is none."""
+    jitted = jit(function, **options)
+    if sys._getframe(1).f_globals["__name__"] != "torch_xla.experimental.custom_kernel":
+        return jitted
+    return SimpleNamespace(lower=lambda *inputs, **options: jitted.trace(*inputs, **options).lower(lowering_platforms=("tpu",)))
 
 
 def record(config, cores):
-    """The graphs of an optimiser step and those of an evaluation of one micro-batch, as two lists of Graph."""
-    jax.jit = LoweredForTPU
-    jax._src.tpu_custom_call.get_ir_version = lambda context: 7  # libtpu 0.0.21 rejects 8, which jax 0.7.1 writes by default
+    """The graphs of an optimiser step and those of an evaluation of one batch, as two lists of Graph."""
+    jax.jit = jit_for_tpu
     device = torch_xla.device()
     xm.set_replication(device, xm.get_xla_supported_devices())  # xr.world_size() is now `cores`
     model = train.Llama(config).to(device)
@@ -205,7 +206,7 @@ def record(config, cores):
 
 
 def compile_graph(graph, devices):
-    """The graph as libtpu compiles it for all devices: (optimised HLO as text, bytes beside the live tensors)."""
+    """The graph as libtpu compiles it for all devices: (optimised HLO as text, bytes of HBM in use when it runs)."""
     module_text = _jax.mlir.xla_computation_to_mlir_module(_jax.XlaComputation(graph.proto))
     with mlir.make_ir_context(), ir.Location.unknown():
         module = ir.Module.parse(module_text)
@@ -221,40 +222,69 @@ def compile_graph(graph, devices):
     executable = devices[0].client.compile(bytecode, executable_devices=xla_client.DeviceList(tuple(devices)),
                                            compile_options=options)
     memory = executable.get_compiled_memory_stats()
-    return executable.hlo_modules()[0].to_string(), memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    size = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes +
+            memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
+    return executable.hlo_modules()[0].to_string(), size + graph.others
 
 
 # --- what they cost ---------------------------------------------------------------------------------------------------
 
 
-def flash_cycles(config):
-    """Of a forward and of a backward kernel, for a micro-batch: see the top of this file."""
-    T, heads = config.context, flash_attention.LANES * config.n_heads // config.dim  # heads in the lanes
-    scores = T * (T + min(T, flash_attention.BLOCK)) / 2
-    programs = config.micro_batch_size * config.dim // flash_attention.LANES
-    return (programs * (heads * (3.7 * scores / 1024 + 0.7 * T) + 0.6 * T),
-            programs * (heads * 11.7 * scores / 1024 + 0.6 * T))
+def count_bundles(config, topology):
+    """Instruction bundles of the forward and the backward kernel for one window and 128 lanes of heads, in a process of its
+    own: libtpu writes its dump to the directory that its arguments name when it is loaded."""
+    T, dtype = config.context, config.dtype
+    device = jax.sharding.SingleDeviceSharding(topologies.get_topology_desc(topology, platform="tpu").devices[0])
+    group = jax.ShapeDtypeStruct((1, T, flash_attention.LANES), dtype)
+    table = jax.ShapeDtypeStruct((T, flash_attention.LANES), "float32")
+    counts = []
+    directory = Path(re.search(r"--xla_jf_dump_to=(\S+)", os.environ["LIBTPU_INIT_ARGS"])[1])
+    for kernel, inputs in zip(flash_attention.kernels(config.dim // config.n_heads), ([group] * 3, [group] * 4)):
+        shapes = *inputs[:3], table, table, *inputs[3:]
+        jax.jit(flash_attention.exported(kernel, *shapes), in_shardings=device, out_shardings=device).lower(*shapes).compile()
+        (dump,) = [path for path in directory.glob("*-final_bundles.txt")
+                   if kernel.__name__ in path.name and "schedule-analysis" not in path.name]
+        counts.append(len(re.findall(r"^ *0x[0-9a-f]+ ", dump.read_text(), re.MULTILINE)))
+    return counts
 
 
-def cost(text, config, cores):
+def cost(text, config, cores, bundles):
     """Of a compiled graph, run once: cycles by what they are spent on and cycles by source line, as two Counters."""
+    programs = config.micro_batch_size * config.dim // flash_attention.LANES
     by_kind, by_line = collections.Counter(), collections.Counter()
-    for instruction in text.splitlines():
-        head, _, rest = instruction.partition(" = ")
-        kind, cycles = "compiler", 0.0
-        if match := re.search(r'"estimated_cycles":"(\d+)"', rest):
-            cycles = float(match[1])
-        elif 'custom_call_target="tpu_custom_call"' in rest:
-            kind, cycles = "flash", flash_cycles(config)[rest.startswith("(")]  # the backward kernel has several results
-        elif " all-reduce(" in rest or " all-reduce-start(" in rest:
-            shapes = re.findall(r"f32\[([\d,]*)\]", rest.split(" all-reduce")[0])
-            size = sum(4 * np.prod([int(side) for side in shape.split(",") if side]) for shape in shapes)
-            kind, cycles = "all_reduce", CLOCK * 2 * (cores - 1) / cores * size / LINK
-        if cycles:
-            lines = re.findall(r"(\w+\.py)_(\d+)", (re.search(r'op_name="([^"]*)"', rest) or [""])[0])
-            by_kind[kind] += cycles
-            by_line[":".join(lines[-1]) if lines else "moves and others without a line"] += cycles
+    sizes = {}  # of each instruction's results, in bytes
+    for instruction in text[text.index("\nENTRY "):].splitlines():
+        match = re.match(r"\s+(?:ROOT )?(%\S+) = (.*?) ([a-z-]+)\((.*?)\)", instruction)
+        if not match:
+            continue
+        name, results, opcode, operands = match.groups()
+        sizes[name] = bytes_of(results)
+        lines = re.findall(r"(\w+\.py)_(\d+)", (re.search(r'op_name="([^"]*)"', instruction) or [""])[0])
+        line = ":".join(lines[-1]) if lines else "moves and others without a line"
+        if estimated := re.search(r'"estimated_cycles":"(\d+)"', instruction):
+            kind, cycles = "compiler", float(estimated[1])
+        elif opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction:
+            kind, line = "flash", "flash_attention.py"
+            cycles = programs * bundles[results.startswith("(")]  # the backward kernel has several results
+        elif opcode in ("all-reduce", "all-reduce-start"):
+            kind, cycles = "all_reduce", CLOCK * 2 * (cores - 1) / cores * sizes[name] / LINK
+        elif opcode in ("fusion", "gather", "scatter", "sort"):
+            moved = sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%[\w.-]+", operands))
+            kind, cycles = "moved", CLOCK * moved / MEMORY
+        elif opcode == "while":
+            raise NotImplementedError("a loop, whose body would count once")
+        else:
+            continue
+        by_kind[kind] += cycles
+        by_line[line] += cycles
     return by_kind, by_line
+
+
+def bytes_of(shapes):
+    """Of all arrays in an HLO type such as (f32[8,128]{1,0}, bf16[2])."""
+    width = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
+    return sum(width.get(dtype, 4) * math.prod(map(int, filter(None, sides.split(","))))
+               for dtype, sides in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes))
 
 
 def total(costs):
@@ -266,23 +296,22 @@ def total(costs):
     return result
 
 
-def estimate(config, cores, graphs, compiled):
-    """All figures of the report, as a dict. graphs: of a step and of an evaluation; compiled: {graph's proto: (text, bytes)}."""
-    step, evaluation = ([(cost(compiled[graph.proto][0], config, cores), graph.runs) for graph in part] for part in graphs)
+def estimate(config, cores, graphs, compiled, bundles):
+    """All figures of the report. graphs: of a step and of an evaluation; compiled: {graph's proto: (text, bytes)}."""
+    step, evaluation = ([(cost(compiled[graph.proto][0], config, cores, bundles), graph.runs) for graph in part]
+                        for part in graphs)
     kinds, lines = (total((costs[i], runs) for costs, runs in step) for i in (0, 1))
     milliseconds = {kind: 1e3 * cycles / CLOCK for kind, cycles in kinds.items()}
-    evaluations = config.max_steps // config.eval_every if config.eval_every else 0
-    evaluation_ms = config.eval_batches * 1e3 / CLOCK * sum(
-        runs * sum(costs[0].values()) for costs, runs in evaluation)
-    step_ms = sum(milliseconds.values())
-    tokens = config.batch_size * config.context
+    step_ms, tokens = sum(milliseconds.values()), config.batch_size * config.context
+    evaluations = -(-config.max_steps // config.eval_every) if config.eval_every else 0  # one at the end as well
+    evaluation_ms = config.eval_batches * 1e3 / CLOCK * sum(sum(costs[0].values()) * runs for costs, runs in evaluation)
     return {
-        "hbm_gib": max(graph.live + compiled[graph.proto][1] for part in graphs for graph in part) / 2**30,
+        "hbm_gib": max(compiled[graph.proto][1] for part in graphs for graph in part) / 2**30,
         "graphs": [len(part) for part in graphs],
         "cycles": dict(kinds) | {"sum": sum(kinds.values())},
         "ms": milliseconds | {"sum": step_ms},
         "tokens_per_s": 1e3 * tokens / step_ms,
-        "mfu": 1e3 * tokens / step_ms * flops_per_token(config) / (cores * 197e12),
+        "mfu": 1e3 * tokens / step_ms * flops_per_token(config) / (cores * config.peak_tflops * 1e12),
         "hours": (config.max_steps * step_ms + evaluations * evaluation_ms) / 3.6e6,
         "lines": dict(lines.most_common(10)),
     }
@@ -291,67 +320,75 @@ def estimate(config, cores, graphs, compiled):
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def print_report(config, figures, graphs, compiled):
+def print_report(config, figures, graphs, compiled, bundles):
     tokens, ms, cycles = config.batch_size * config.context, figures["ms"], figures["cycles"]
     print(f"HBM per core      {figures['hbm_gib']:.2f} GiB of {HBM}")
     print(f"graphs            {figures['graphs'][0]} for a step, {figures['graphs'][1]} for an evaluation")
     for graph in graphs[0]:
-        by_kind = cost(compiled[graph.proto][0], config, cores)[0]
+        by_kind = cost(compiled[graph.proto][0], config, cores, bundles)[0]
         print(f"    {graph.line:12}  {graph.runs} x {sum(by_kind.values()) / 1e6:7.2f} M cycles, "
-              f"{(graph.live + compiled[graph.proto][1]) / 2**30:5.2f} GiB")
+              f"{compiled[graph.proto][1] / 2**30:5.2f} GiB")
     print(f"\nestimate for a step of {tokens:,} tokens     M cycles      ms")
-    for kind, name in (("compiler", "operations, by the compiler"), ("flash", "flash attention, by bundles"),
-                       ("all_reduce", "all-reduce, by bytes"), ("sum", "sum")):
+    for kind, name in (("compiler", "operations, by the compiler"), ("moved", "gather, scatter, sort, by bytes"),
+                       ("flash", "flash attention, by bundles"), ("all_reduce", "all-reduce, by bytes"), ("sum", "sum")):
         if kind in ms:
             print(f"    {name:40} {cycles[kind] / 1e6:8.2f} {ms[kind]:7.1f}")
     print(f"tokens/s          {figures['tokens_per_s']:,.0f}\nMFU               {figures['mfu']:.1%}\n"
           f"whole run         {figures['hours']:.2f} hours, evaluations included\n"
           f"host_ms           {figures['host_ms']:.1f} on this machine, while the device computes"
           + ("" if figures["host_ms"] < ms["sum"] / 2 else ": more than half of its time, so it may have to wait"))
-    print("\nmost expensive lines, forward and backward (a fusion counts for the line that it ends with)")
+    print("\nmost expensive lines, forward and backward")
     for line, cycles_of_line in figures["lines"].items():
         name, _, number = line.partition(":")
         text = (ROOT / name).read_text().splitlines()[int(number) - 1].strip() if number else ""
-        print(f"    {cycles_of_line / 1e6:7.2f} M  {line:20} {text[:90]}")
+        print(f"    {cycles_of_line / 1e6:7.2f} M  {line:20} {text[:90]}".rstrip())
 
 
-@contextlib.contextmanager
-def environment_of_a_run():
-    """For processes that are started inside: without names in the graphs, which take time, and with one core."""
-    before = {name: os.environ.pop(name) for name in ("XLA_IR_DEBUG", "XLA_HLO_DEBUG", "CPU_NUM_DEVICES")}
+def alone(changes, function, *arguments_):
+    """function(*arguments_), in a process of its own whose environment has these changes; None removes."""
+    before = {name: os.environ.get(name) for name in changes}
     try:
-        yield
+        for name, value in changes.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            return process.submit(function, *arguments_).result()
     finally:
         os.environ |= before
 
 
 def main():
     config = train.load_config(arguments.config, overrides)
-    if config.batch_size % (cores * config.micro_batch_size):
-        raise UserError(f"batch_size = {config.batch_size} is not a multiple of {cores} cores x micro_batch_size = "
-                        f"{config.micro_batch_size}")
+    train.check_batch_size(config, cores)
     train.check_attention(config, "TPU")
     devices = topologies.get_topology_desc(arguments.topology, platform="tpu").devices
-    with environment_of_a_run(), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-        host = alone.submit(host_ms, config, cores).result()
+    host = alone({"XLA_IR_DEBUG": None, "XLA_HLO_DEBUG": None, "CPU_NUM_DEVICES": None}, host_ms, config, cores)
+    bundles = None
+    if config.attention == "flash":
+        with tempfile.TemporaryDirectory() as directory:
+            dump = f" --xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
+            bundles = alone({"LIBTPU_INIT_ARGS": os.environ["LIBTPU_INIT_ARGS"] + dump}, count_bundles, config,
+                            arguments.topology)
     graphs = record(config, cores)
     distinct = {graph.proto: graph for part in graphs for graph in part}
     if arguments.hlo:
         for i, proto in enumerate(distinct):
             write_file(Path(f"{arguments.hlo}.{i}"), proto)
     started, compiled = time.perf_counter(), {}
-    print(f"{arguments.config} for {arguments.topology}, compiled by libtpu {installed('libtpu')}; nothing ran on a TPU", flush=True)
+    print(f"{arguments.config} for {arguments.topology}, compiled by libtpu {installed('libtpu')}; nothing ran on a TPU",
+          flush=True)
     with Progress(len(distinct), "graph", "compiling") as progress:
         for graph in distinct.values():
             try:
                 compiled[graph.proto] = compile_graph(graph, devices)
             except jax.errors.JaxRuntimeError as error:
                 progress.close()
-                sys.exit(f"does not compile: the graph that {graph.line} would run: {str(error)[:1000]}")
+                reason = str(error).split(" :: ")[0][:1000]
+                sys.exit(f"does not compile: the graph that {graph.line} would run: {reason}. If it is the memory, a smaller "
+                         "--micro_batch_size needs less")
             progress.update()
     print(f"compiles          yes, in {time.perf_counter() - started:.0f} s")
-    figures = estimate(config, cores, graphs, compiled) | {"host_ms": host}
-    print_report(config, figures, graphs, compiled)
+    figures = estimate(config, cores, graphs, compiled, bundles) | {"bundles": bundles, "host_ms": host}
+    print_report(config, figures, graphs, compiled, bundles)
     if arguments.json:
         versions = {name: installed(name) for name in ("torch", "torch_xla", "jax", "libtpu")}
         settings = {"config": arguments.config, "overrides": overrides, "topology": arguments.topology}

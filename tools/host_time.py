@@ -3,9 +3,9 @@ needs for a step, the device never waits.
 
     python tools/host_time.py config/fwedu_124m.py [--key=value ...]
 
-The step is train.py's own, with all layers, parameters and micro-batches of the config, on the CPU and on one core, but so narrow
-that computing it takes no time to speak of. Attention is `math`: the passes are traced once and replayed, so what is in them
-makes no difference here.
+The step is train.py's own, with all layers, parameters and micro-batches of the config, on the CPU and on one core, but so
+narrow that computing it takes no time to speak of. Attention is `math`: the passes are traced once and replayed, so what is in
+them makes no difference here. What one core does not do is the all-reduce of the gradients: one operation.
 """
 import os
 import sys
