@@ -22,6 +22,7 @@ import re
 import time
 import zlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch_xla
@@ -118,6 +119,8 @@ def check_attention(config, device_type):
         raise UserError(f"attention = 'flash' needs multiples of {flash_attention.LANES} for dim = {config.dim} and context = "
                         f"{config.context}, which is at most {flash_attention.LONGEST}, and dim / n_heads = "
                         f"{config.dim // config.n_heads} must divide {flash_attention.LANES}; use --attention=math")
+    if config.attention == "flash" and not find_spec("jax"):
+        raise UserError('attention = \'flash\' needs jax: pip install "torch_xla[tpu,pallas]==2.9.0", or use --attention=math')
 
 
 def print_help():

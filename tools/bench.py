@@ -56,7 +56,8 @@ from sample import Decoder, generate
 
 
 def row(name, ratio, ours, peer="", notes=""):
-    print(f"{name:8} {ratio and f'{ratio:.2f} x':>7}  {ours:28} {peer:42} {notes}".rstrip(), flush=True)
+    """Prints one: how many times better than the peer (of times, how many times longer), then what was measured."""
+    print(f"{name:8} {'' if ratio is None else f'{ratio:.2f} x':>7}  {ours:20} {peer:24} {notes}".rstrip(), flush=True)
 
 
 def seconds(function, runs):

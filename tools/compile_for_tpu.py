@@ -21,6 +21,7 @@ Exit code 1: it does not compile, or does not fit. Outside of tests, all private
 import argparse
 import os
 import sys
+from importlib.util import find_spec
 
 parser = argparse.ArgumentParser(description="Compile train.py's step for a TPU v5e on a machine without one.")
 parser.add_argument("config", help="a config file, as for train.py; --key=value changes keys of it")
@@ -34,6 +35,8 @@ if __name__ == "__main__":  # what follows must be in the environment before tor
     sides = shape.split("x")
     if version != "v5e" or not all(side.isdigit() and int(side) for side in sides) or len(sides) != 2:
         parser.error(f"--topology {arguments.topology}: expected v5e:ROWSxCOLUMNS, as in v5e:2x4")
+    if not (find_spec("jax") and find_spec("libtpu")):
+        parser.error('needs jax and libtpu: pip install "torch_xla[tpu,pallas]==2.9.0"')
     cores = int(sides[0]) * int(sides[1])
     os.environ |= {
         "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(cores), "JAX_PLATFORMS": "cpu",
