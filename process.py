@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -157,6 +157,18 @@ def typed(types, key, value, where, parse=False):
 # --- several processes ------------------------------------------------------------------------------------------------
 
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
+
+
+def alone(function, *arguments, environment=()):
+    """function(*arguments), in a process of its own, whose environment has the variables of the dict `environment` too."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            return process.submit(function, *arguments).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def end_with_parent():

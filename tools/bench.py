@@ -28,7 +28,6 @@ import collections
 import dataclasses
 import itertools
 import json
-import multiprocessing
 import resource
 import shutil
 import statistics
@@ -36,7 +35,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 import torch_xla
+import torch_xla.core.xla_model as xm
 from host_time import host_ms
 
 import checkpoint
@@ -68,12 +67,6 @@ def seconds(function, runs):
         function()
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
-
-
-def alone(function, *arguments):
-    """function(*arguments), in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, *arguments).result()
 
 
 def bench_prepare(directory, runs):
@@ -200,7 +193,7 @@ def bench_sampler(directory, runs):
     checkpoint.write_tensors(directory / "model.safetensors", convert_to_hf.hf_tensors(model, "float32"))
     results = collections.defaultdict(list)
     for _, start in itertools.product(range(runs), (sample_with_ours, sample_with_transformers)):
-        results[start].append(alone(time_sampling, start, directory))
+        results[start].append(process.alone(time_sampling, start, directory))
     ours, theirs = (list(zip(*results[start])) for start in (sample_with_ours, sample_with_transformers))
     if ours[0] != theirs[0]:
         raise SystemExit("the greedy tokens differ from those of transformers")
@@ -232,7 +225,6 @@ def windows_of_steps(directory, config):
 
 def train_with_transformers(directory):
     """Seconds for the counted steps of transformers' model and Trainer on the XLA device."""
-    import torch_xla.core.xla_model as xm
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     config, times = train.load_config(CONFIG), []
@@ -281,7 +273,7 @@ def bench_train(directory, runs):
     peers = {"": train_with_ours, "Trainer": train_with_transformers, "eager": train_with_eager}
     times = collections.defaultdict(list)
     for _, name in itertools.product(range(runs), peers):
-        times[name].append(alone(peers[name], directory))
+        times[name].append(process.alone(peers[name], directory))
     tokens = (STEPS - UNCOUNTED) * config.batch_size * config.context
     ours = statistics.median(times.pop(""))
     for name, values in times.items():
@@ -291,7 +283,7 @@ def bench_train(directory, runs):
 
 def bench_host(directory, runs):
     config = train.load_config("config/fwedu_124m.py")
-    row("host", None, f"{statistics.median(alone(host_ms, config) for _ in range(runs)):.1f} ms a step")
+    row("host", None, f"{statistics.median(process.alone(host_ms, config) for _ in range(runs)):.1f} ms a step")
 
 
 def main():

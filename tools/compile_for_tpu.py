@@ -53,12 +53,10 @@ import contextlib
 import gc
 import json
 import math
-import multiprocessing
 import re
 import tempfile
 import time
 import weakref
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -82,7 +80,7 @@ from torch.overrides import TorchFunctionMode
 import flash_attention
 import train
 from model import flops_per_token
-from process import Progress, run_command, write_file
+from process import Progress, alone, run_command, write_file
 
 CLOCK = 197e12 / (4 * 128 * 128 * 2)  # Hz: the 197 TFLOP/s of a v5e are 4 matrix units of 128 x 128 multiply-adds a cycle
 LINK = 90e9  # bytes/s of one link between chips, both ways together
@@ -130,6 +128,9 @@ class Graph:
     donated: list  # for each argument whether an output takes its memory: torch_xla does so with a tensor that is overwritten
     others: int  # bytes of the tensors that are on the device meanwhile and not in this graph
     runs: int = 0
+    hbm: int = 0  # bytes in use when it runs, as compiled; like the next ones known when it is
+    by_kind: collections.Counter = None  # cycles of one run, by what they are spent on
+    by_line: collections.Counter = None  # and by source line
 
 
 class Recorder:
@@ -160,8 +161,8 @@ class Recorder:
         inputs = torch_xla._XLAC._get_tensors_handle(torch_xla._XLAC._get_tensors_xla_device_data_node(pending)[1])
         owners = {handle: owner() for handle, owner in self.owners.items()}
         alive = {id(t): t for t in (*pending, *owners.values()) if t is not None}
-        used = {id(owners.get(handle)) for handle in inputs} | set(map(id, pending))
         overwritten, frame = set(map(id, pending)), sys._getframe(1)
+        used = overwritten | {id(owners.get(handle)) for handle in inputs}
         graph = Graph(torch_xla._XLAC._get_xla_tensors_hlo_proto(pending),
                       f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}",
                       [id(owners.get(handle)) in overwritten for handle in inputs],
@@ -242,8 +243,8 @@ def count_bundles(config, topology):
     table = jax.ShapeDtypeStruct((T, flash_attention.LANES), "float32")
     counts = []
     directory = Path(re.search(r"--xla_jf_dump_to=(\S+)", os.environ["LIBTPU_INIT_ARGS"])[1])
-    for kernel, inputs in zip(flash_attention.kernels(config.dim // config.n_heads), ([group] * 3, [group] * 4)):
-        shapes = *inputs[:3], table, table, *inputs[3:]
+    for kernel, gradients in zip(flash_attention.kernels(config.dim // config.n_heads), ((), (group,))):
+        shapes = group, group, group, table, table, *gradients
         jax.jit(flash_attention.exported(kernel, *shapes), in_shardings=device, out_shardings=device).lower(*shapes).compile()
         (dump,) = [path for path in directory.glob("*-final_bundles.txt")
                    if kernel.__name__ in path.name and "schedule-analysis" not in path.name]
@@ -299,19 +300,17 @@ def total(costs):
     return result
 
 
-def estimate(config, cores, graphs, compiled, bundles):
-    """All figures of the report. graphs: of a step and of an evaluation; compiled: {graph's proto: (text, bytes)}."""
-    step, evaluation = ([(cost(compiled[graph.proto][0], config, cores, bundles), graph.runs) for graph in part]
-                        for part in graphs)
-    kinds, lines = (total((costs[i], runs) for costs, runs in step) for i in (0, 1))
+def estimate(config, cores, step, evaluation):
+    """All figures of the report, of the compiled graphs of a step and of an evaluation."""
+    kinds, lines = (total((getattr(graph, by), graph.runs) for graph in step) for by in ("by_kind", "by_line"))
     milliseconds = {kind: 1e3 * cycles / CLOCK for kind, cycles in kinds.items()}
     step_ms, tokens = sum(milliseconds.values()), config.batch_size * config.context
     evaluations = -(-config.max_steps // config.eval_every) if config.eval_every else 0  # one at the end as well
-    evaluation_ms = config.eval_batches * 1e3 / CLOCK * sum(sum(costs[0].values()) * runs for costs, runs in evaluation)
+    evaluation_ms = config.eval_batches * 1e3 / CLOCK * sum(graph.by_kind.total() * graph.runs for graph in evaluation)
     return {
-        "hbm_gib": max(compiled[graph.proto][1] for part in graphs for graph in part) / 2**30,
-        "graphs": [len(part) for part in graphs],
-        "cycles": dict(kinds) | {"sum": sum(kinds.values())},
+        "hbm_gib": max(graph.hbm for graph in (*step, *evaluation)) / 2**30,
+        "graphs": [len(step), len(evaluation)],
+        "cycles": dict(kinds) | {"sum": kinds.total()},
         "ms": milliseconds | {"sum": step_ms},
         "tokens_per_s": 1e3 * tokens / step_ms,
         "mfu": 1e3 * tokens / step_ms * flops_per_token(config) / (cores * config.peak_tflops * 1e12),
@@ -323,14 +322,12 @@ def estimate(config, cores, graphs, compiled, bundles):
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def print_report(config, figures, graphs, compiled, bundles):
+def print_report(config, figures, step):
     tokens, ms, cycles = config.batch_size * config.context, figures["ms"], figures["cycles"]
     print(f"HBM per core      {figures['hbm_gib']:.2f} GiB of {HBM}")
     print(f"graphs            {figures['graphs'][0]} for a step, {figures['graphs'][1]} for an evaluation")
-    for graph in graphs[0]:
-        by_kind = cost(compiled[graph.proto][0], config, cores, bundles)[0]
-        print(f"    {graph.line:12}  {graph.runs} x {sum(by_kind.values()) / 1e6:7.2f} M cycles, "
-              f"{compiled[graph.proto][1] / 2**30:5.2f} GiB")
+    for graph in step:
+        print(f"    {graph.line:12}  {graph.runs} x {graph.by_kind.total() / 1e6:7.2f} M cycles, {graph.hbm / 2**30:5.2f} GiB")
     print(f"\nestimate for a step of {tokens:,} tokens     M cycles      ms")
     for kind, name in (("compiler", "operations, by the compiler"), ("moved", "gather, scatter, sort, by bytes"),
                        ("flash", "flash attention, by bundles"), ("all_reduce", "all-reduce, by bytes"), ("sum", "sum")):
@@ -347,51 +344,40 @@ def print_report(config, figures, graphs, compiled, bundles):
         print(f"    {cycles_of_line / 1e6:7.2f} M  {line:20} {text[:90]}".rstrip())
 
 
-def alone(changes, function, *arguments_):
-    """function(*arguments_), in a process of its own whose environment has these changes; None removes."""
-    before = {name: os.environ.get(name) for name in changes}
-    try:
-        for name, value in changes.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            return process.submit(function, *arguments_).result()
-    finally:
-        os.environ |= before
-
-
 def main():
     config = train.load_config(arguments.config, overrides)
     train.check_batch_size(config, cores)
     train.check_attention(config, "TPU")
     devices = topologies.get_topology_desc(arguments.topology, platform="tpu").devices
-    host = alone({"XLA_IR_DEBUG": None, "XLA_HLO_DEBUG": None, "CPU_NUM_DEVICES": None}, host_ms, config, cores)
+    host = alone(host_ms, config, cores, environment={"XLA_IR_DEBUG": "0", "XLA_HLO_DEBUG": "0", "CPU_NUM_DEVICES": "1"})
     bundles = None
     if config.attention == "flash":
         with tempfile.TemporaryDirectory() as directory:
             dump = f" --xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
-            bundles = alone({"LIBTPU_INIT_ARGS": os.environ["LIBTPU_INIT_ARGS"] + dump}, count_bundles, config,
-                            arguments.topology)
-    graphs = record(config, cores)
-    distinct = {graph.proto: graph for part in graphs for graph in part}
+            bundles = alone(count_bundles, config, arguments.topology,
+                            environment={"LIBTPU_INIT_ARGS": os.environ["LIBTPU_INIT_ARGS"] + dump})
+    step, evaluation = record(config, cores)
+    graphs = *step, *evaluation
     if arguments.hlo:
-        for i, proto in enumerate(distinct):
-            write_file(Path(f"{arguments.hlo}.{i}"), proto)
-    started, compiled = time.perf_counter(), {}
+        for i, graph in enumerate(graphs):
+            write_file(Path(f"{arguments.hlo}.{i}"), graph.proto)
+    started = time.perf_counter()
     print(f"{arguments.config} for {arguments.topology}, compiled by libtpu {installed('libtpu')}; nothing ran on a TPU",
           flush=True)
-    with Progress(len(distinct), "graph", "compiling") as progress:
-        for graph in distinct.values():
+    with Progress(len(graphs), "graph", "compiling") as progress:
+        for graph in graphs:
             try:
-                compiled[graph.proto] = compile_graph(graph, devices)
+                text, graph.hbm = compile_graph(graph, devices)
             except jax.errors.JaxRuntimeError as error:
                 progress.close()
                 reason = str(error).split(" :: ")[0][:1000]
                 sys.exit(f"does not compile: the graph that {graph.line} would run: {reason}. If it is the memory, a smaller "
                          "--micro_batch_size needs less")
+            graph.by_kind, graph.by_line = cost(text, config, cores, bundles)
             progress.update()
     print(f"compiles          yes, in {time.perf_counter() - started:.0f} s")
-    figures = estimate(config, cores, graphs, compiled, bundles) | {"bundles": bundles, "host_ms": host}
-    print_report(config, figures, graphs, compiled, bundles)
+    figures = estimate(config, cores, step, evaluation) | {"bundles": bundles, "host_ms": host}
+    print_report(config, figures, step)
     if arguments.json:
         versions = {name: installed(name) for name in ("torch", "torch_xla", "jax", "libtpu")}
         settings = {"config": arguments.config, "overrides": overrides, "topology": arguments.topology}
