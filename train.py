@@ -209,7 +209,8 @@ class Passes:
     """
 
     def __init__(self, model, config):
-        self.model, self.names, self.config = model, [name for name, _ in model.named_parameters()], config
+        self.model, self.config = model, config
+        self.names, self.parameters = zip(*model.named_parameters())
         self.micro_batches = config.batch_size // (xr.world_size() * config.micro_batch_size)  # in a step, on a core
         self.add_loss, self.add_gradients = map(self.traced_once, (self.add_loss, self.add_gradients))
 
@@ -241,7 +242,7 @@ class Passes:
 
 
 @torch.no_grad()
-def train_step(passes, optimizer, batch, step, stop, zero, config):
+def train_step(passes, optimizer, batch, step, stop, zero):
     """One optimiser step on this core's windows, batch [n, T + 1] on the host: accumulates the gradients of the
     micro-batches, averages them over the cores, clips, updates. Returns a report that nobody has waited for, a tensor [5]
     on the device: mean loss over all cores, gradient norm, updates skipped so far and in a row, and the number of cores
@@ -250,10 +251,11 @@ def train_step(passes, optimizer, batch, step, stop, zero, config):
     Two graphs: a micro-batch, run for each of them, and the update. Gradients are set to zero after the update, and not to
     None: so the first micro-batch adds to buffers like all others and runs the same graph.
     """
-    parameters, total = optimizer.param_groups[0]["params"], zero
-    for tokens in batch.split(config.micro_batch_size):
-        total, gradients = passes.add_gradients(tokens.to(zero.device), parameters, total, [p.grad for p in parameters])
-        for p in parameters:
+    total = zero
+    for tokens in batch.split(passes.config.micro_batch_size):
+        old = [p.grad for p in passes.parameters]
+        total, gradients = passes.add_gradients(tokens.to(zero.device), passes.parameters, total, old)
+        for p in passes.parameters:
             p.grad.copy_(gradients.pop())  # nothing else may hold it at the sync, or it is kept in memory a second time
         torch_xla.sync()
     stop = torch.tensor([float(stop)]).to(zero.device)  # [1], since a 0 or 1 of no dimension would be a constant of the graph
@@ -267,11 +269,11 @@ def train_step(passes, optimizer, batch, step, stop, zero, config):
 
 
 @torch.no_grad()
-def evaluate(passes, windows, zero, config):
+def evaluate(passes, windows, zero):
     """Mean loss over all cores' windows, of which this core has windows [n, T + 1]. Waits for the device."""
-    parameters, total, micro_batches = list(passes.model.parameters()), zero, windows.split(config.micro_batch_size)
+    total, micro_batches = zero, windows.split(passes.config.micro_batch_size)
     for tokens in micro_batches:
-        total = passes.add_loss(tokens.to(zero.device), parameters, total)
+        total = passes.add_loss(tokens.to(zero.device), passes.parameters, total)
         torch_xla.sync()
     mean_loss = xm.all_reduce(xm.REDUCE_SUM, total / len(micro_batches), scale=1 / xr.world_size())
     torch_xla.sync()
@@ -306,7 +308,7 @@ def worker(config, checkpoint, deadline, stop_wanted):
         started = time.perf_counter()
         batch = torch.from_numpy(train_tokens.train_batch(step, config.batch_size, config.seed, rank, cores))
         late = rank == 0 and time.monotonic() + 2 * (log.longest + saver.seconds) > deadline
-        report = train_step(passes, optimizer, batch, step, late or stop_wanted(), zero, config)
+        report = train_step(passes, optimizer, batch, step, late or stop_wanted(), zero)
         log.host_seconds += time.perf_counter() - started
         done = step + 1
         stopping = log.read()  # an earlier step's report, while the device works on this step
@@ -317,7 +319,7 @@ def worker(config, checkpoint, deadline, stop_wanted):
             continue
         stopping |= log.read()
         if evaluating:
-            val_loss = evaluate(passes, val_windows, zero, config)
+            val_loss = evaluate(passes, val_windows, zero)
             if rank == 0:
                 log.write({"step": done, "val_loss": val_loss}, "val loss {val_loss:.4f}")
         if rank == 0 and (saving or stopping) and not log.diverged:

@@ -480,7 +480,7 @@ def test_an_update_that_is_not_finite_is_skipped_in_the_graph(where, value):
             torch_xla.sync()
         before = met.metric_data("CompileTime")[0]
         added = bad if where == "loss" and step in (4, 5) else zero
-        reports.append(train.train_step(passes, optimizer, batch, step, False, added, config).tolist())
+        reports.append(train.train_step(passes, optimizer, batch, step, False, added).tolist())
         compiled.append(met.metric_data("CompileTime")[0] - before)
         states.append([tensor.detach().cpu() for p in model.parameters() for tensor in (p, *optimizer.state[p].values())])
     same = [all(torch.equal(a, b) for a, b in zip(*pair)) for pair in zip(states, states[1:])]

@@ -98,7 +98,7 @@ def train_steps(config, steps):
     zero = torch.zeros((), device=device)
     torch_xla.sync()
     for step, batch in zip(steps, batches(config, len(steps))):
-        yield train.train_step(passes, optimizer, batch, step, step % 7 == 6, zero, config)[0]
+        yield train.train_step(passes, optimizer, batch, step, step % 7 == 6, zero)[0]
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 4, 8])

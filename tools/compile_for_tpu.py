@@ -195,8 +195,8 @@ def record(config, cores):
     torch_xla.sync()
     windows = torch.zeros(config.batch_size // cores, config.context + 1, dtype=torch.int32)
     graphs, sync = [], torch_xla.sync
-    for function, arguments in ((train.train_step, (passes, optimizer, windows, 0, False, zero, config)),
-                                (train.evaluate, (passes, windows, zero, config))):
+    for function, arguments in ((train.train_step, (passes, optimizer, windows, 0, False, zero)),
+                                (train.evaluate, (passes, windows, zero))):
         recorder = Recorder()
         torch_xla.sync = recorder.sync
         with SourceLines():

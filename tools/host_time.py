@@ -42,7 +42,7 @@ def host_ms(config, cores=8, steps=30):
     for step in range(steps + 5):
         xm.wait_device_ops()
         started = time.perf_counter()
-        train.train_step(passes, optimizer, batch, step, False, zero, narrow)
+        train.train_step(passes, optimizer, batch, step, False, zero)
         times.append(time.perf_counter() - started)
     return 1e3 * statistics.median(times[5:])
 
