@@ -6,7 +6,7 @@
 
 Read `worker` first: it is what runs on each core, and all else here serves it. Three things to know about XLA:
 an operation on an XLA tensor only writes a node into a graph; torch_xla.sync() compiles the graph, or finds it compiled,
-and starts it on the device without waiting; reading a number (.item(), print, if) does wait. So the loop keeps every step
+and starts it on the device without waiting; reading a number (.cpu(), print, if) does wait. So the loop keeps every step
 the same graph, and lets the device work on a step while Python writes down the next.
 """
 import os
@@ -277,7 +277,7 @@ def evaluate(passes, windows, zero):
         torch_xla.sync()
     mean_loss = xm.all_reduce(xm.REDUCE_SUM, total / len(micro_batches), scale=1 / xr.world_size())
     torch_xla.sync()
-    return mean_loss.item()
+    return mean_loss.cpu().item()
 
 
 def worker(config, checkpoint, deadline, stop_wanted):
@@ -297,7 +297,7 @@ def worker(config, checkpoint, deadline, stop_wanted):
     torch_xla.sync()  # from here on weights, moments, gradients and zero are buffers, not recipes
     steps = xm.all_reduce(xm.REDUCE_SUM, torch.tensor([float(first_step)]).to(device))
     torch_xla.sync()
-    if steps.item() != first_step * cores:
+    if steps.cpu().item() != first_step * cores:  # .item() of XLA itself is a race where cores are threads of one process
         raise UserError(f"step {first_step} is not where all cores start from; out_dir must be on a disk that all hosts share")
     log = Log(config, checkpoint, first_step)
     if rank == 0:
