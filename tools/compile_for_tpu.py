@@ -96,7 +96,7 @@ class SourceLines(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.seen, self.scopes = set(), []
+        self.scopes = []
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         frame = sys._getframe(1)
@@ -112,9 +112,9 @@ class SourceLines(TorchFunctionMode):
 
     def name_backward(self, node, line):
         """All of `node` and of what led to it that has no name yet was added by `line`."""
-        if node is None or node in self.seen or node.name().endswith("AccumulateGrad"):
+        if node is None or "line" in node.metadata or node.name().endswith("AccumulateGrad"):
             return
-        self.seen.add(node)
+        node.metadata["line"] = line  # in the node, as a set of nodes would keep their tensors from being freed
         node.register_prehook(lambda *_: self.scopes.append(torch_xla._XLAC.profiler.scope_pusher(line)))
         node.register_hook(lambda *_: self.scopes.clear())
         for before, _ in node.next_functions:
@@ -142,15 +142,16 @@ class Recorder:
 
     def tensors(self):
         """All tensors on the device, in the order in which torch_xla has them."""
+        gc.collect()  # what is left of the tracing refers to the same buffers as parameters and gradients do
         found = {torch_xla._XLAC._xla_get_tensor_id(t): t for t in gc.get_objects()
                  if issubclass(type(t), torch.Tensor) and t.device.type == "xla"}
         return [found[key] for key in sorted(found)]
 
     def remember_buffers(self):
-        self.owners = {}
+        self.owners = collections.defaultdict(list)  # of a buffer: it can have several, such as a parameter and its alias
         for t in self.tensors():
             with contextlib.suppress(RuntimeError):  # it has no buffer: a placeholder of a function that was traced
-                self.owners[torch_xla._XLAC._get_tensors_handle([t])[0]] = weakref.ref(t)
+                self.owners[torch_xla._XLAC._get_tensors_handle([t])[0]].append(weakref.ref(t))
 
     def sync(self):
         tensors = self.tensors()
@@ -159,14 +160,14 @@ class Recorder:
             return
         text = re.sub(r", metadata={[^}]*}", "", torch_xla._XLAC._get_xla_tensors_hlo(pending))  # names of scopes are numbered
         inputs = torch_xla._XLAC._get_tensors_handle(torch_xla._XLAC._get_tensors_xla_device_data_node(pending)[1])
-        owners = {handle: owner() for handle, owner in self.owners.items()}
-        alive = {id(t): t for t in (*pending, *owners.values()) if t is not None}
-        overwritten, frame = set(map(id, pending)), sys._getframe(1)
-        used = overwritten | {id(owners.get(handle)) for handle in inputs}
+        owners = {handle: [t for ref in refs if (t := ref()) is not None] for handle, refs in self.owners.items()}
+        replaced = set(map(id, pending))  # tensors that get another buffer, so that a graph may write to theirs
+        free = {handle for handle, tensors in owners.items() if any(id(t) in replaced for t in tensors)}
+        frame = sys._getframe(1)
         graph = Graph(torch_xla._XLAC._get_xla_tensors_hlo_proto(pending),
-                      f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}",
-                      [id(owners.get(handle)) in overwritten for handle in inputs],
-                      sum(t.nbytes for key, t in alive.items() if key not in used))
+                      f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}", [handle in free for handle in inputs],
+                      sum(tensors[0].nbytes for handle, tensors in owners.items()
+                          if tensors and handle not in free.union(inputs)))
         self.graphs.setdefault(text, graph).runs += 1
         self.graphs[text].others = max(self.graphs[text].others, graph.others)
         with torch.no_grad():
@@ -310,6 +311,7 @@ def estimate(config, cores, step, evaluation):
     return {
         "hbm_gib": max(graph.hbm for graph in (*step, *evaluation)) / 2**30,
         "graphs": [len(step), len(evaluation)],
+        "buffers_written_over": [sum(graph.donated) for graph in (*step, *evaluation)],
         "cycles": dict(kinds) | {"sum": kinds.total()},
         "ms": milliseconds | {"sum": step_ms},
         "tokens_per_s": 1e3 * tokens / step_ms,
@@ -327,7 +329,8 @@ def print_report(config, figures, step):
     print(f"HBM per core      {figures['hbm_gib']:.2f} GiB of {HBM}")
     print(f"graphs            {figures['graphs'][0]} for a step, {figures['graphs'][1]} for an evaluation")
     for graph in step:
-        print(f"    {graph.line:12}  {graph.runs} x {graph.by_kind.total() / 1e6:7.2f} M cycles, {graph.hbm / 2**30:5.2f} GiB")
+        print(f"    {graph.line:12}  {graph.runs} x {graph.by_kind.total() / 1e6:7.2f} M cycles, {graph.hbm / 2**30:5.2f} GiB, "
+              f"{sum(graph.donated)} of {len(graph.donated)} buffers written over")
     print(f"\nestimate for a step of {tokens:,} tokens     M cycles      ms")
     for kind, name in (("compiler", "operations, by the compiler"), ("moved", "gather, scatter, sort, by bytes"),
                        ("flash", "flash attention, by bundles"), ("all_reduce", "all-reduce, by bytes"), ("sum", "sum")):
