@@ -148,9 +148,10 @@ class Recorder:
         return [found[key] for key in sorted(found)]
 
     def remember_buffers(self):
+        """After the device is done: a tensor that is still being computed has no buffer."""
         self.owners = collections.defaultdict(list)  # of a buffer: it can have several, such as a parameter and its alias
         for t in self.tensors():
-            with contextlib.suppress(RuntimeError):  # it has no buffer: a placeholder of a function that was traced
+            with contextlib.suppress(RuntimeError):  # it has none: a placeholder of a function that was traced
                 self.owners[torch_xla._XLAC._get_tensors_handle([t])[0]].append(weakref.ref(t))
 
     def sync(self):
@@ -173,7 +174,7 @@ class Recorder:
         with torch.no_grad():
             for t in pending:
                 t.copy_(torch.zeros(t.shape, dtype=t.dtype))
-        self.real_sync()  # puts them on the device: a number would be a constant of the next graph, as on a TPU it is not
+        self.real_sync(wait=True)  # puts them on the device: a number would be a constant of the next graph
         self.remember_buffers()
 
 
@@ -193,7 +194,7 @@ def record(config, cores):
     model = train.Llama(config).to(device)
     optimizer, passes = train.AdamW(model.parameters(), config), train.Passes(model, config)
     zero = torch.zeros((), device=device)
-    torch_xla.sync()
+    torch_xla.sync(wait=True)
     windows = torch.zeros(config.batch_size // cores, config.context + 1, dtype=torch.int32)
     graphs, sync = [], torch_xla.sync
     for function, arguments in ((train.train_step, (passes, optimizer, windows, 0, False, zero)),
