@@ -277,7 +277,7 @@ def evaluate(passes, windows, zero):
         torch_xla.sync()
     mean_loss = xm.all_reduce(xm.REDUCE_SUM, total / len(micro_batches), scale=1 / xr.world_size())
     torch_xla.sync()
-    return mean_loss.cpu().item()
+    return mean_loss.cpu().item()  # torch_xla's own .item() is a race where cores are threads of one process
 
 
 def worker(config, checkpoint, deadline, stop_wanted):
@@ -297,7 +297,7 @@ def worker(config, checkpoint, deadline, stop_wanted):
     torch_xla.sync()  # from here on weights, moments, gradients and zero are buffers, not recipes
     steps = xm.all_reduce(xm.REDUCE_SUM, torch.tensor([float(first_step)]).to(device))
     torch_xla.sync()
-    if steps.cpu().item() != first_step * cores:  # .item() of XLA itself is a race where cores are threads of one process
+    if steps.cpu().item() != first_step * cores:
         raise UserError(f"step {first_step} is not where all cores start from; out_dir must be on a disk that all hosts share")
     log = Log(config, checkpoint, first_step)
     if rank == 0:
@@ -356,8 +356,8 @@ def main():
           f"= {config.max_steps * tokens:,} | {config.out_dir}")
     if checkpoint and read_state(checkpoint)["step"] >= config.max_steps:
         return print(f"{checkpoint} is the end of this run: nothing to do")
-    if xr.device_type() == "CPU":  # there XLA allocates anew in each step: huge pages take a tenth off it, on Linux with glibc
-        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # of the worker, which is not yet started
+    if xr.device_type() == "CPU":  # there XLA allocates its buffers anew in each step, and huge pages take a tenth off it
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read by the worker's glibc when it starts
     run_on_all_cores(xmp.spawn, worker, config, checkpoint, session_start + 3600 * (config.max_hours or math.inf))
 
 

@@ -106,7 +106,7 @@ def replica(index, *arguments):
         digest.update(parameter.detach().cpu().numpy().tobytes())
     print(f"weights of replica {index}: {digest.hexdigest()}\n", end="", flush=True)
     fallbacks = [name for name in met.counter_names() if name.startswith("aten::")]
-    assert not fallbacks, f"{fallbacks} left the device, counted in a table that threads destroy when two are the first"
+    assert not fallbacks, f"{fallbacks} ran on the host: torch_xla counts them in an unguarded table, which threads corrupt"
 
 
 class PerReplica(threading.local):

@@ -5,7 +5,8 @@
 train    training tokens/s on the CPU, of `train.py config/demo.py` through torch_xla, against the same shape, batch, precision
          (float32) and optimiser (AdamW, clipped) in transformers' LlamaForCausalLM under its Trainer through torch_xla, and
          against our model in plain eager PyTorch with torch.optim.AdamW. Each runs in processes of its own, in turns; the first
-         steps, which compile, don't count.
+         steps, which compile, don't count. train.py asks for huge pages, which its peers don't; to lend them the same, set
+         GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
 host     milliseconds of Python for a step of config/fwedu_124m.py (host_time.py).
 loader   milliseconds for a batch of 32 windows of 1,024 out of 10 billion tokens, and the memory that hundreds of them cost.
          The shards are sparse files: opening and reading them costs what real ones in the page cache do.
@@ -28,7 +29,6 @@ import collections
 import dataclasses
 import itertools
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -92,9 +92,9 @@ def bench_prepare(directory, runs):
     row("prepare", peer / whole, f"{tokens / whole:,.0f} tokens/s", f"SentencePiece: {tokens / peer:,.0f}", f"{cores} cores")
 
 
-def own_memory():
-    """Bytes of this process's memory that are not pages of files."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+def memory(kind):
+    """Bytes of this process: "RssAnon", what is not pages of files, or "VmHWM", the most that was resident."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1]) * 1024
 
 
@@ -104,15 +104,16 @@ def bench_loader(directory, runs):
     for path in paths:
         path.touch()
         os.truncate(path, 2_000_000_000)  # 10 x 1e9 tokens, all of them 0, none of them on the disk
-    before = own_memory()
+    before = memory("RssAnon")
     tokens = data.Tokens(paths, context=1_024, vocab_size=32_000)
     times = []
     for step in range(batches):
         started = time.perf_counter()
         tokens.train_batch(step, batch_size=256, seed=0, rank=0, world_size=8)
         times.append(time.perf_counter() - started)
+    grown = (memory("RssAnon") - before) / 2**20
     row("loader", None, f"{1e3 * statistics.median(times):.2f} ms a batch", "",
-        f"99 % under {1e3 * np.quantile(times, 0.99):.2f} ms; {(own_memory() - before) / 2**20:.1f} MB for {batches:,} batches")
+        f"99 % under {1e3 * np.quantile(times, 0.99):.2f} ms; {grown:.1f} MB for {batches:,} batches")
 
 
 def bench_checkpoint(directory, runs):
@@ -183,7 +184,7 @@ def time_sampling(start, directory):
     for count in (1, NEW_TOKENS):
         tokens = sample(count)
         times.append(time.perf_counter())
-    return tokens, times[1] - times[0], times[2] - times[1], 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return tokens, times[1] - times[0], times[2] - times[1], memory("VmHWM")
 
 
 def bench_sampler(directory, runs):
@@ -197,10 +198,10 @@ def bench_sampler(directory, runs):
     ours, theirs = (list(zip(*results[start])) for start in (sample_with_ours, sample_with_transformers))
     if ours[0] != theirs[0]:
         raise SystemExit("the greedy tokens differ from those of transformers")
-    (first, total, memory), (their_first, their_total, their_memory) = (map(statistics.median, x[1:]) for x in (ours, theirs))
+    (first, total, most), (their_first, their_total, their_most) = (map(statistics.median, x[1:]) for x in (ours, theirs))
     row("sample", their_total / total, f"{NEW_TOKENS / total:.1f} tokens/s", f"transformers: {NEW_TOKENS / their_total:.1f}",
-        f"the first after {1e3 * first:.0f} against {1e3 * their_first:.0f} ms; {memory / 2**20:,.0f} against "
-        f"{their_memory / 2**20:,.0f} MB")
+        f"the first after {1e3 * first:.0f} against {1e3 * their_first:.0f} ms; {most / 2**20:,.0f} against "
+        f"{their_most / 2**20:,.0f} MB")
 
 
 CONFIG, STEPS, UNCOUNTED = "config/demo.py", 60, 20  # of a training run

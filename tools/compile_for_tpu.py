@@ -125,7 +125,7 @@ class SourceLines(TorchFunctionMode):
 class Graph:
     proto: bytes  # an HLO module
     line: str  # of train.py, where it was to be run
-    donated: list  # for each argument whether an output takes its memory: torch_xla does so with a tensor that is overwritten
+    donated: list  # for each argument whether an output may take its memory: it may that of a tensor that is overwritten
     others: int  # bytes of the tensors that are on the device meanwhile and not in this graph
     runs: int = 0
     hbm: int = 0  # bytes in use when it runs, as compiled; like the next ones known when it is
@@ -148,7 +148,7 @@ class Recorder:
         return [found[key] for key in sorted(found)]
 
     def remember_buffers(self):
-        """After the device is done: a tensor that is still being computed has no buffer."""
+        """To be called when the device is done: a tensor that is still being computed has no buffer yet."""
         self.owners = collections.defaultdict(list)  # of a buffer: it can have several, such as a parameter and its alias
         for t in self.tensors():
             with contextlib.suppress(RuntimeError):  # it has none: a placeholder of a function that was traced
@@ -162,13 +162,13 @@ class Recorder:
         text = re.sub(r", metadata={[^}]*}", "", torch_xla._XLAC._get_xla_tensors_hlo(pending))  # names of scopes are numbered
         inputs = torch_xla._XLAC._get_tensors_handle(torch_xla._XLAC._get_tensors_xla_device_data_node(pending)[1])
         owners = {handle: [t for ref in refs if (t := ref()) is not None] for handle, refs in self.owners.items()}
-        replaced = set(map(id, pending))  # tensors that get another buffer, so that a graph may write to theirs
-        free = {handle for handle, tensors in owners.items() if any(id(t) in replaced for t in tensors)}
+        replaced = set(map(id, pending))  # these get a new buffer, so the graph may write over their old one
+        free = {handle for handle, sharing in owners.items() if any(id(t) in replaced for t in sharing)}
         frame = sys._getframe(1)
         graph = Graph(torch_xla._XLAC._get_xla_tensors_hlo_proto(pending),
                       f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}", [handle in free for handle in inputs],
-                      sum(tensors[0].nbytes for handle, tensors in owners.items()
-                          if tensors and handle not in free.union(inputs)))
+                      sum(sharing[0].nbytes for handle, sharing in owners.items()
+                          if sharing and handle not in free.union(inputs)))
         self.graphs.setdefault(text, graph).runs += 1
         self.graphs[text].others = max(self.graphs[text].others, graph.others)
         with torch.no_grad():
@@ -194,7 +194,7 @@ def record(config, cores):
     model = train.Llama(config).to(device)
     optimizer, passes = train.AdamW(model.parameters(), config), train.Passes(model, config)
     zero = torch.zeros((), device=device)
-    torch_xla.sync(wait=True)
+    torch_xla.sync(wait=True)  # as remember_buffers wants it
     windows = torch.zeros(config.batch_size // cores, config.context + 1, dtype=torch.int32)
     graphs, sync = [], torch_xla.sync
     for function, arguments in ((train.train_step, (passes, optimizer, windows, 0, False, zero)),
@@ -312,7 +312,7 @@ def estimate(config, cores, step, evaluation):
     return {
         "hbm_gib": max(graph.hbm for graph in (*step, *evaluation)) / 2**30,
         "graphs": [len(step), len(evaluation)],
-        "buffers_written_over": [sum(graph.donated) for graph in (*step, *evaluation)],
+        "donated": [sum(graph.donated) for graph in (*step, *evaluation)],
         "cycles": dict(kinds) | {"sum": kinds.total()},
         "ms": milliseconds | {"sum": step_ms},
         "tokens_per_s": 1e3 * tokens / step_ms,
@@ -331,7 +331,7 @@ def print_report(config, figures, step):
     print(f"graphs            {figures['graphs'][0]} for a step, {figures['graphs'][1]} for an evaluation")
     for graph in step:
         print(f"    {graph.line:12}  {graph.runs} x {graph.by_kind.total() / 1e6:7.2f} M cycles, {graph.hbm / 2**30:5.2f} GiB, "
-              f"{sum(graph.donated)} of {len(graph.donated)} buffers written over")
+              f"{sum(graph.donated)} of {len(graph.donated)} inputs may be written over")
     print(f"\nestimate for a step of {tokens:,} tokens     M cycles      ms")
     for kind, name in (("compiler", "operations, by the compiler"), ("moved", "gather, scatter, sort, by bytes"),
                        ("flash", "flash attention, by bundles"), ("all_reduce", "all-reduce, by bytes"), ("sum", "sum")):
