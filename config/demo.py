@@ -3,7 +3,7 @@
 # parameters   786,432 embedding + 3 x 442,752 blocks + 192 norm + 786,432 head = 2,901,312
 #              (2,113,536 of them in matmuls)
 # tokens       1,300 steps x 2,048 = 2,662,400, of the 2.8 million in the training shards: not quite one epoch
-# compute      14,450,688 FLOPs per token -> 3.85e13 for the run: some seven and a half minutes on two cores
+# compute      14,450,688 FLOPs per token -> 3.85e13 for the run: some six minutes on two cores
 # checkpoint   2,901,312 x 4 bytes x (weights + 2 moments) = 0.03 GB
 #
 #     python train.py config/demo.py
