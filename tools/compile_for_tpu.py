@@ -142,13 +142,13 @@ class Recorder:
 
     def tensors(self):
         """All tensors on the device, in the order in which torch_xla has them."""
-        gc.collect()  # what is left of the tracing refers to the same buffers as parameters and gradients do
+        gc.collect()  # or what is left of a tracing would be among them
         found = {torch_xla._XLAC._xla_get_tensor_id(t): t for t in gc.get_objects()
                  if issubclass(type(t), torch.Tensor) and t.device.type == "xla"}
         return [found[key] for key in sorted(found)]
 
     def remember_buffers(self):
-        """To be called when the device is done: a tensor that is still being computed has no buffer yet."""
+        xm.wait_device_ops()  # a tensor that is still being computed has no buffer yet
         self.owners = collections.defaultdict(list)  # of a buffer: it can have several, such as a parameter and its alias
         for t in self.tensors():
             with contextlib.suppress(RuntimeError):  # it has none: a placeholder of a function that was traced
@@ -164,17 +164,16 @@ class Recorder:
         owners = {handle: [t for ref in refs if (t := ref()) is not None] for handle, refs in self.owners.items()}
         replaced = set(map(id, pending))  # these get a new buffer, so the graph may write over their old one
         free = {handle for handle, sharing in owners.items() if any(id(t) in replaced for t in sharing)}
-        frame = sys._getframe(1)
+        used, frame = free.union(inputs), sys._getframe(1)
         graph = Graph(torch_xla._XLAC._get_xla_tensors_hlo_proto(pending),
                       f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}", [handle in free for handle in inputs],
-                      sum(sharing[0].nbytes for handle, sharing in owners.items()
-                          if sharing and handle not in free.union(inputs)))
+                      sum(sharing[0].nbytes for handle, sharing in owners.items() if sharing and handle not in used))
         self.graphs.setdefault(text, graph).runs += 1
         self.graphs[text].others = max(self.graphs[text].others, graph.others)
         with torch.no_grad():
             for t in pending:
                 t.copy_(torch.zeros(t.shape, dtype=t.dtype))
-        self.real_sync(wait=True)  # puts them on the device: a number would be a constant of the next graph
+        self.real_sync()  # puts them on the device: a number would be a constant of the next graph
         self.remember_buffers()
 
 
@@ -194,7 +193,7 @@ def record(config, cores):
     model = train.Llama(config).to(device)
     optimizer, passes = train.AdamW(model.parameters(), config), train.Passes(model, config)
     zero = torch.zeros((), device=device)
-    torch_xla.sync(wait=True)  # as remember_buffers wants it
+    torch_xla.sync()
     windows = torch.zeros(config.batch_size // cores, config.context + 1, dtype=torch.int32)
     graphs, sync = [], torch_xla.sync
     for function, arguments in ((train.train_step, (passes, optimizer, windows, 0, False, zero)),
