@@ -1,14 +1,17 @@
 """A Llama, written by hand: RMSNorm, rotary embedding, causal attention, SwiGLU, untied head.
 
-Read top to bottom: the leaves first, then a block, then the model. Parameter names are those of the Hugging Face
-LlamaForCausalLM (which puts "model." before all but lm_head), so converting a checkpoint is a rename.
+Read it from top to bottom: the config, the layers, a block, the loss, the model. Parameters have
+the names of Hugging Face's LlamaForCausalLM, without its prefix "model.". So converting a
+checkpoint is a rename.
 
-Shapes:  B batch   T time (tokens of a window)   S keys attended to (T, or the length of the cache)
-         D dim (width)   H heads   K width of a head, D / H   F hidden_dim   V vocab_size
+Shapes:  B  batch                T  time: tokens in a window     D  width of the residual stream
+         H  attention heads      K  width of a head, D / H       V  vocabulary
+         M  width of the SwiGLU  S  keys that a query may see: T, or the length of the cache
 
-Precision: parameters are float32. The caller chooses the precision of the matrix products with torch.autocast;
-norms, softmax, rotation and loss are computed in float32 whatever it chooses.
+Precision: parameters are float32. The caller chooses the precision of the matrix products with
+torch.autocast. Norms, rotation, softmax and loss are always computed in float32.
 """
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -16,46 +19,56 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flash_attention import flash_attention
+from nanoxla.config import POSITIVE, at_least, between, key, one_of, session_key
+from nanoxla.errors import UserError
+from nanoxla.flash_attention import flash_attention
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    vocab_size: int = 32_000  # token ids are 0 .. vocab_size - 1
-    dim: int = 768  # width of the residual stream
-    n_layers: int = 12  # number of blocks
-    n_heads: int = 12  # attention heads; divides dim
-    hidden_dim: int = 2_048  # width inside the SwiGLU
-    context: int = 1_024  # tokens in a window; the longest the model can read
-    rope_theta: float = 10_000.0  # base of the rotary wavelengths
-    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
-    attention: str = "math"  # math: explicit scores, runs everywhere | flash: Pallas kernel, TPU only
+    vocab_size: int = key(32_000, "token ids are 0 .. vocab_size - 1",
+                          between(2, 65_536, "shards are uint16"))
+    dim: int = key(768, "width of the residual stream", at_least(1))
+    n_layers: int = key(12, "number of blocks", at_least(1))
+    n_heads: int = key(12, "attention heads; divides dim", at_least(1))
+    hidden_dim: int = key(2_048, "width inside the SwiGLU", at_least(1))
+    context: int = key(1_024, "tokens in a window: the longest text the model reads", at_least(1))
+    rope_theta: float = key(10_000.0, "base of the rotary wavelengths", POSITIVE)
+    norm_eps: float = key(1e-5, "added to the mean square in RMSNorm", POSITIVE)
+    attention: str = session_key("math", "math: explicit scores, runs everywhere | "
+                                         "flash: a kernel, TPU only", one_of("math", "flash"))
 
     def __post_init__(self):
         if self.dim % self.n_heads:
             raise ValueError(f"n_heads={self.n_heads} does not divide dim={self.dim}")
         if (self.dim // self.n_heads) % 2:
-            raise ValueError(f"dim / n_heads = {self.dim // self.n_heads} is odd; the rotary embedding turns pairs")
+            raise ValueError(f"dim / n_heads = {self.dim // self.n_heads} is odd; "
+                             "the rotary embedding turns pairs")
 
 
 def num_parameters(config):
-    """Parameters of Llama(config), as (all, in_matmuls). The embedding is looked up and norms multiply elementwise:
-    neither is a matrix product. For the reference shape: (134_105_856, 109_510_656)."""
-    D, F_, V = config.dim, config.hidden_dim, config.vocab_size
-    in_matmuls = config.n_layers * (4 * D * D + 3 * D * F_) + V * D  # q k v o, gate up down; the head
+    """The number of parameters of Llama(config), and how many of them are in matrix products.
+
+    The embedding is a lookup and the norms multiply elementwise, so neither counts as a product.
+    For the reference shape: (134_105_856, 109_510_656)."""
+    D, M, V = config.dim, config.hidden_dim, config.vocab_size
+    block = 4 * D * D + 3 * D * M  # q, k, v, o; gate, up, down
+    in_matmuls = config.n_layers * block + V * D  # the blocks and the head
     norms = config.n_layers * 2 * D + D
     return V * D + in_matmuls + norms, in_matmuls
 
 
 def flops_per_token(config):
-    """Floating-point operations of forward + backward per trained token, counted as in the PaLM paper (appendix B):
-    6 per matmul parameter, and 12 * T * D per layer for the scores and their product with the values, all T x T of
-    them (the causal half that a kernel may skip is counted too)."""
+    """Floating-point operations of forward and backward per trained token, as in the PaLM paper
+    (https://arxiv.org/abs/2204.02311, appendix B).
+
+    6 per parameter in a matrix product, and 12 T D per layer for the T x T scores and their product
+    with the values. The half above the diagonal counts too, even where a kernel skips it."""
     return 6 * num_parameters(config)[1] + 12 * config.n_layers * config.context * config.dim
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (https://arxiv.org/abs/1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (arxiv.org/abs/1910.07467)."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -68,50 +81,54 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(config):
-    """cos and sin, [T, K] each, of the angle position * theta^(-2i/K); the K/2 angles are repeated, because
-    dimension i turns together with dimension i + K/2 (the convention of the Hugging Face weights)."""
+    """The cosines and sines of the angles position * theta^(-2i / K), [T, K] each.
+
+    There are K / 2 angles, each of them twice: dimension i turns together with dimension i + K / 2,
+    as in the Hugging Face weights. (The paper pairs neighbours.)"""
     K = config.dim // config.n_heads
-    inverse_wavelength = config.rope_theta ** (-torch.arange(0, K, 2, dtype=torch.float32) / K)  # [K/2]
-    angles = torch.outer(torch.arange(config.context, dtype=torch.float32), inverse_wavelength)  # [T, K/2]
+    frequencies = config.rope_theta ** (-torch.arange(0, K, 2, dtype=torch.float32) / K)  # [K/2]
+    positions = torch.arange(config.context, dtype=torch.float32)  # [T]
+    angles = torch.outer(positions, frequencies)  # [T, K/2]
     angles = torch.cat((angles, angles), dim=-1)  # [T, K]
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (x[i], x[i + K/2]) of x [B, H, T, K] by its position's angle (https://arxiv.org/abs/2104.09864)."""
+    """Turns each pair (x[i], x[i + K/2]) of x [B, H, T, K] by the angle of its position
+    (https://arxiv.org/abs/2104.09864)."""
     first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)  # a quarter turn of every pair
-    return (x * cos + turned * sin).to(x.dtype)
+    quarter_turn = torch.cat((-second, first), dim=-1)
+    return (x * cos + quarter_turn * sin).to(x.dtype)
 
 
-def math_attention(q, k, v, future):
-    """softmax(q k^T / sqrt(K)) v with every score in the open. q [B, H, T, K], k and v [B, H, S, K],
-    future [T, S] true where a query may not look -> [B, H, T, K]."""
+def math_attention(q, k, v, mask):
+    """softmax(q k^T / sqrt(K)) v. q [B, H, T, K], k and v [B, H, S, K]; mask [T, S] is true where a
+    query may not look. Returns [B, H, T, K]."""
     scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1))  # [B, H, T, S]
-    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+    weights = scores.masked_fill(mask, float("-inf")).softmax(dim=-1)
     return weights.to(v.dtype) @ v  # [B, H, T, K]
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        self.n_heads = config.n_heads
+        self.n_heads, self.layer = config.n_heads, layer
         self.flash = config.attention == "flash"
         self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
         self.k_proj = nn.Linear(config.dim, config.dim, bias=False)
         self.v_proj = nn.Linear(config.dim, config.dim, bias=False)
         self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x, cos, sin, future, remember):
+    def forward(self, x, cos, sin, mask, cache):
         B, T, D = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, T, D], heads side by side
-        if self.flash and remember is None:
+        if self.flash and cache is None:
             return self.o_proj(flash_attention(q, k, v, cos, sin))
-        q, k, v = (y.view(B, T, self.n_heads, -1).transpose(1, 2) for y in (q, k, v))  # [B, H, T, K]
+        q, k, v = (x.view(B, T, self.n_heads, -1).transpose(1, 2) for x in (q, k, v))  # B, H, T, K
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if remember is not None:
-            k, v = remember(k, v)  # [B, H, S, K]: these keys and values, behind all earlier ones
-        y = math_attention(q, k, v, future)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # [B, H, S, K]: the whole cache
+        y = math_attention(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -125,91 +142,104 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, F] inside
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # inside: [B, T, M]
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, cos, sin, future, remember):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, future, remember)
+    def forward(self, x, cos, sin, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def cross_entropy(x, head, targets):
-    """Mean of -log softmax(head(x))[target] in nats over all predictions: x [B, T, D], targets [B, T]."""
-    x, targets = x.flatten(0, 1), targets.flatten()  # [N, D] and [N], N = B T
+def next_token_loss(x, head, targets):
+    """The mean of -log softmax(head(x))[target] in nats. x [B, T, D], targets [B, T]."""
+    x, targets = x.flatten(0, 1), targets.flatten()  # [N, D] and [N], where N = B T
     with torch.no_grad():
-        shift = (x * F.embedding(targets, head.weight)).sum(-1, keepdim=True) + 16  # [N, 1]
-    return CrossEntropy.apply(head(x), targets, shift)
+        target_logits = (x * F.embedding(targets, head.weight)).sum(-1, keepdim=True)  # [N, 1]
+    return ShiftedCrossEntropy.apply(head(x), targets, target_logits + 16)
 
 
-class CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(logits [N, V], targets [N]), for a TPU and a large V.
+class ShiftedCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(logits [N, V], targets [N]), faster on a TPU when V is large.
 
-    Softmax is the same whatever is subtracted from a row of logits, but something must be, or exp overflows. Usually that is
-    the row's largest logit, and to find it takes a pass over all logits after they are computed. `shift` [N, 1] is known
-    before, so XLA sums up the exponentials while it multiplies: the target's logit, but for rounding, plus 16. So the sum has
-    exp(-16) in it, which float32 holds as exactly as any number, and overflows only if a loss is above 104: then the mean is
-    not finite.
+    The loss of a row is log(sum(exp(logits))) - logits[target]. The exponentials may overflow, so
+    every implementation subtracts a shift first: log(sum(exp(logits - shift))) + shift is the same
+    number for any shift. The usual shift is the row's largest logit. But finding it takes a second
+    pass over all logits, after the first has computed them.
+
+    Our shift is known before the logits are: the logit of the target, a dot product of two vectors,
+    plus 16. XLA can then sum the exponentials while it multiplies. The sum is never too small: the
+    target alone adds exp(-16). It overflows if a logit is 88 above the shift, so at a loss above
+    104. Then the mean is not finite, and the optimiser skips the update (see AdamW in train.py).
     """
 
     @staticmethod
     def forward(ctx, logits, targets, shift):
         log_sum = (logits.float() - shift).exp().sum(-1, keepdim=True).log() + shift  # [N, 1]
         ctx.save_for_backward(logits, targets, log_sum)
-        of_target = torch.where(is_target(logits, targets), logits.float(), 0.0).sum(-1)  # [N]
-        return (log_sum[:, 0] - of_target).mean()
+        target_logits = torch.where(one_hot(targets, logits), logits.float(), 0.0).sum(-1)  # [N]
+        return (log_sum[:, 0] - target_logits).mean()
 
     @staticmethod
-    def backward(ctx, dloss):
+    def backward(ctx, grad_loss):
         logits, targets, log_sum = ctx.saved_tensors
         softmax = (logits.float() - log_sum).exp()
-        return ((softmax - is_target(logits, targets).float()) * (dloss / len(logits))).to(logits.dtype), None, None
+        grad_logits = (softmax - one_hot(targets, logits).float()) * (grad_loss / len(logits))
+        return grad_logits.to(logits.dtype), None, None
 
 
-def is_target(logits, targets):
-    """[N, V]: a comparison, which XLA computes on the way, where an index would have to reach into the logits."""
-    return torch.arange(logits.size(-1), device=targets.device, dtype=targets.dtype) == targets[:, None]
+def one_hot(targets, logits):
+    """[N, V], true at each row's target. XLA fuses this comparison into the pass over the logits;
+    indexing would be a pass of its own."""
+    ids = torch.arange(logits.size(-1), device=targets.device, dtype=targets.dtype)  # [V]
+    return ids == targets[:, None]
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, for generating one token at a time.
+    """The keys and values of the tokens read so far, for generating one token at a time.
 
-    Shapes never change and the position is a tensor (of shape [1]: a 0 or 1 without a dimension would be a constant of the
-    graph), so XLA compiles one graph per number of new tokens, not one per position. Slots from `position` on hold stale
-    values, which no query sees before they are overwritten: a prompt may be padded and `position` set back to its true length.
-    """
+    For XLA, shapes never change and the position is a tensor, so one graph serves every
+    position. (The position has shape [1]: torch_xla turns a 0 or 1 without dimensions into a
+    constant.) Slots from `position` on hold stale values. No query sees them before they are
+    overwritten, so a prompt may be padded and `position` set back to its true length."""
 
     def __init__(self, config, batch_size, device, length=None):
-        """length: tokens there is room for, at most the context, which is the default."""
+        """length: the number of tokens to make room for. Default and maximum: the context."""
         self.length = length or config.context
-        shape = (batch_size, config.n_heads, self.length, config.dim // config.n_heads)  # [B, H, S, K]
+        shape = batch_size, config.n_heads, self.length, config.dim // config.n_heads  # B, H, S, K
         self.keys = [torch.zeros(shape, device=device) for _ in range(config.n_layers)]
         self.values = [torch.zeros(shape, device=device) for _ in range(config.n_layers)]
-        self.position = torch.zeros(1, device=device, dtype=torch.long)  # where the next token goes
+        self.position = torch.zeros(1, device=device, dtype=torch.long)  # of the next token
 
-    def remember(self, layer, positions):
-        """A function that stores k, v [B, H, T, K] of `layer` at `positions` [T] and returns all, [B, H, S, K]."""
-        def store(k, v):
-            return self.keys[layer].index_copy_(2, positions, k), self.values[layer].index_copy_(2, positions, v)
-        return store
+    def advance(self, count):
+        """Moves on by `count` tokens, and returns their positions [count]."""
+        self.new = self.position + torch.arange(count, device=self.position.device)
+        self.position = self.position + count
+        return self.new
+
+    def update(self, layer, k, v):
+        """Stores k and v [B, H, T, K] of the T newest tokens; returns all of them, [B, H, S, K]."""
+        return (self.keys[layer].index_copy_(2, self.new, k),
+                self.values[layer].index_copy_(2, self.new, v))
 
 
 class Llama(nn.Module):
-    """Llama(config, seed): weights normal with deviation 0.02, norms 1, drawn on the CPU from a generator of their own,
-    so that every core of every run starts from the same weights (torch.manual_seed does not reach an XLA device)."""
+    """Weights start normal with deviation 0.02, norms at 1. They are drawn on the CPU, from a
+    generator of their own, so every core starts from the same weights (torch.manual_seed does not
+    seed an XLA device)."""
 
     def __init__(self, config, seed=0):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         cos, sin = rotary_tables(config)
@@ -221,34 +251,48 @@ class Llama(nn.Module):
                 nn.init.normal_(parameter, std=0.02, generator=generator)
 
     def forward(self, tokens, targets=None, cache=None):
-        """tokens [B, T], integers below vocab_size.
+        """tokens [B, T]: ids below vocab_size. XLA silently clamps a larger id, so whoever reads
+        the
+        data has to check it.
 
-        Training and evaluation: with targets [B, T], returns the mean cross-entropy in nats, a float32 scalar.
-        Otherwise returns logits [B, T, V]; with a cache, tokens continue what the cache holds and are added to it.
-        XLA clamps an id that is out of range instead of raising: whoever reads the data has to check it.
-        """
+        With targets [B, T]: the mean cross-entropy in nats, a float32 scalar. Without: the logits
+        [B, T, V]. With a cache, the tokens continue the cached text and are added to it."""
         x = self.hidden(tokens, cache)
         if targets is None:
             return self.lm_head(x)  # [B, T, V]
-        return cross_entropy(x, self.lm_head, targets)
+        return next_token_loss(x, self.lm_head, targets)
 
     def hidden(self, tokens, cache=None):
-        """What the head makes logits of, [B, T, D]. Arguments as above."""
+        """The final hidden states, [B, T, D]: the input of lm_head."""
         T = tokens.size(1)
         if cache is None:
-            positions = torch.arange(T, device=tokens.device)  # [T]
-            key_positions = positions  # S = T
+            positions = key_positions = torch.arange(T, device=tokens.device)  # [T], S = T
             cos, sin = self.cos[:T], self.sin[:T]  # [T, K]
         else:
-            positions = cache.position + torch.arange(T, device=tokens.device)
-            key_positions = torch.arange(cache.length, device=tokens.device)  # S = the cache's length
-            cos, sin = self.cos[positions], self.sin[positions]
-        future = key_positions > positions[:, None]  # [T, S]: a query sees itself and what came before
+            positions = cache.advance(T)  # [T]
+            key_positions = torch.arange(cache.length, device=tokens.device)  # [S]
+            cos, sin = self.cos[positions], self.sin[positions]  # [T, K]
+        mask = key_positions > positions[:, None]  # [T, S]: no query sees a later key
 
         x = self.embed_tokens(tokens)  # [B, T, D]
-        for i, block in enumerate(self.layers):
-            remember = None if cache is None else cache.remember(i, positions)
-            x = block(x, cos, sin, future, remember)
-        if cache is not None:
-            cache.position = cache.position + T
+        for block in self.layers:
+            x = block(x, cos, sin, mask, cache)
         return self.norm(x)
+
+
+def load_model(values, weights, source):
+    """A Llama on the CPU with stored weights, for sampling and converting.
+
+    values: a dict with the keys of ModelConfig; others are ignored. weights: {name: tensor}. Raises
+    UserError, which names `source`, if the two do not fit each other."""
+    shape = {entry.name: values[entry.name] for entry in dataclasses.fields(ModelConfig)}
+    model = Llama(ModelConfig(**shape | {"attention": "math"}))  # which runs everywhere
+    expected = {name: list(p.shape) for name, p in model.named_parameters()}
+    if strange := expected.keys() ^ weights.keys():
+        raise UserError(f"{source} lacks, or should not have, the tensor {min(strange)}")
+    for name, shape in expected.items():
+        if list(weights[name].shape) != shape:
+            raise UserError(f"{source}: {name} has the shape {list(weights[name].shape)}; "
+                            f"by its config it is {shape}")
+    model.load_state_dict(weights)
+    return model

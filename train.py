@@ -1,28 +1,26 @@
 """Train a Llama on all cores of a TPU (or, slowly, on a CPU) with PyTorch/XLA.
 
-    python train.py config/fwedu_124m.py                    # on a TPU v5e-8
-    python train.py config/demo.py --max_steps=100          # a config file, then changes to it
-    python train.py --help                                  # every key with its type, default and meaning
+    python train.py config/fwedu_124m.py                # on a TPU v5e-8
+    python train.py config/demo.py --max_steps=100      # a config file, and changes to it
+    python train.py --help                              # every key: type, default, meaning
 
-Read `worker` first: it is what runs on each core, and all else here serves it. Three things to know about XLA:
-an operation on an XLA tensor only writes a node into a graph; torch_xla.sync() compiles the graph, or finds it compiled,
-and starts it on the device without waiting; reading a number (.cpu(), print, if) does wait. So the loop keeps every step
-the same graph, and lets the device work on a step while Python writes down the next.
-"""
-import os
+Read model.py first. Then this file in order: the config, the learning rate, the optimiser, one
+training step, and `worker`, the loop that every core runs.
+
+PyTorch/XLA in four sentences. An operation on an XLA tensor computes nothing; it records a node
+in a graph ("tracing"). torch_xla.sync() hands the recorded graph to the device and does not wait
+for it; the first time it sees a graph, it compiles it, which takes seconds or minutes. Reading a
+number (.cpu(), print, if) does wait. So a fast loop records the same few graphs in every step,
+and reads nothing that the device is still computing."""
 import sys
 
-if os.environ.get("TPU_PROCESS_ADDRESSES") == "local":  # Kaggle's image sets it, and then the 8 processes do not find
-    for name in ("TPU_PROCESS_ADDRESSES", "CLOUD_TPU_TASK_ID"):  # one another; must be gone before torch_xla loads
-        os.environ.pop(name, None)
+from nanoxla.environment import check_environment, mend_environment, use_huge_pages
 
-import inspect
+mend_environment()  # before torch_xla is imported: it reads the environment once, now
+
 import math
-import re
 import time
-import zlib
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 import torch_xla
@@ -30,166 +28,147 @@ import torch_xla.core.xla_model as xm
 import torch_xla.distributed.xla_multiprocessing as xmp
 import torch_xla.runtime as xr
 from torch.func import functional_call
-from torch_xla.experimental.assume_pure import assume_pure_torch
 
 import data
-import flash_attention
-from checkpoint import Saver, checkpoint_to_resume, read_state, restore
-from metrics import Log, due
-from model import Llama, ModelConfig, num_parameters
-from process import UserError, read_assignments, run_command, run_on_all_cores
+import nanoxla.config
+from model import Llama, ModelConfig, flops_per_token, num_parameters
+from nanoxla.checkpoint import read_state
+from nanoxla.config import BELOW_ONE, POSITIVE, at_least, key, one_of, session_key
+from nanoxla.errors import UserError, run_command
+from nanoxla.flash_attention import check_attention
+from nanoxla.launch import run_on_all_cores
+from nanoxla.log import TrainingLog, due
+from nanoxla.resume import checkpoint_to_resume
+from nanoxla.saver import Saver, restore
+from nanoxla.tracing import trace_once
 
-# --- configuration ----------------------------------------------------------------------------------------------------
+# --- the config ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    out_dir: str = "out/run"  # where metrics.jsonl and checkpoints/ go
-    data_dir: str = "data"  # where the shards are
-    train_glob: str = "train_*.bin"  # training shards in data_dir
-    val_glob: str = "val_*.bin"  # validation shards in data_dir
-    tokenizer: str = ""  # SentencePiece model stored with every checkpoint; default: the one data_dir/meta.json names
-    batch_size: int = 256  # windows per optimiser step, over all cores
-    micro_batch_size: int = 8  # windows per core per forward pass; fewer need less memory
-    max_steps: int = 1_000  # optimiser steps of the whole run
-    learning_rate: float = 6e-4  # peak, reached after warmup_steps
-    min_lr: float = 0.0  # where the cosine ends
-    warmup_steps: int = 100  # steps of linear warm-up
-    weight_decay: float = 0.1  # AdamW's, on matrices only
-    beta1: float = 0.9  # AdamW: memory of the gradient's mean
-    beta2: float = 0.95  # AdamW: memory of the gradient's mean square
-    grad_clip: float = 1.0  # largest global norm of the averaged gradient; 0 does not clip
-    dtype: str = "bfloat16"  # of matmuls: bfloat16 | float32 (a TPU rounds those to bfloat16 too); all else is float32
-    peak_tflops: float = 197.0  # of one core in bfloat16, for mfu: 197 is a TPU v5e
-    seed: int = 0  # of the initial weights and of the order of the data
-    log_every: int = 10  # steps between rows in metrics.jsonl (step 1 has one too), and between looks for a wish to stop
-    eval_every: int = 1_000  # steps between evaluations, and one at the end; 0 never evaluates
-    eval_batches: int = 8  # batches of batch_size windows in an evaluation
-    checkpoint_every: int = 1_000  # steps between checkpoints, and one at the end; 0 saves only that one
-    keep_checkpoints: int = 2  # newest checkpoints kept
-    max_hours: float = 0.0  # stop in time to have saved after so many hours, startup included; 0 does not
-    max_skipped: int = 10  # more updates in a row left out because loss or gradient is not finite end the run, when it logs
-    resume: str = "auto"  # auto: go on from the newest checkpoint in out_dir | never: refuse a used out_dir | a checkpoint
+    # To add a key, add a line: a type, a default, the meaning that --help shows, and the values
+    # allowed. A session_key may change when a run is resumed; every other key defines the run.
+    out_dir: str = session_key("out/run", "directory of metrics.jsonl and checkpoints/")
+    data_dir: str = session_key("data", "directory of the shards")
+    train_glob: str = session_key("train_*.bin", "training shards in data_dir")
+    val_glob: str = session_key("val_*.bin", "validation shards in data_dir")
+    tokenizer: str = session_key("", "SentencePiece model to store in every checkpoint; "
+                                     "default: the one that data_dir/meta.json names")
+    batch_size: int = key(256, "windows per optimiser step, over all cores", at_least(1))
+    micro_batch_size: int = session_key(8, "windows per core per forward pass", at_least(1))
+    max_steps: int = key(1_000, "optimiser steps of the whole run", at_least(1))
+    learning_rate: float = key(6e-4, "peak, reached after warmup_steps", POSITIVE)
+    min_lr: float = key(0.0, "learning rate at the end of the cosine", at_least(0))
+    warmup_steps: int = key(100, "steps of linear warm-up", at_least(0))
+    weight_decay: float = key(0.1, "AdamW's, on matrices only", at_least(0))
+    beta1: float = key(0.9, "AdamW: decay of the mean gradient", BELOW_ONE)
+    beta2: float = key(0.95, "AdamW: decay of the mean squared gradient", BELOW_ONE)
+    grad_clip: float = key(1.0, "largest norm of the averaged gradient; 0: any", at_least(0))
+    dtype: str = key("bfloat16", "of the matrix products; everything else is float32",
+                     one_of("bfloat16", "float32"))
+    peak_tflops: float = session_key(197.0, "of a core in bfloat16, for mfu; a v5e's", POSITIVE)
+    seed: int = key(0, "of the initial weights and of the order of the data", at_least(0))
+    log_every: int = session_key(10, "steps between log rows, and checks for a stop", at_least(1))
+    eval_every: int = session_key(1_000, "steps between evaluations; 0: none", at_least(0))
+    eval_batches: int = session_key(8, "batches of batch_size in an evaluation", at_least(1))
+    checkpoint_every: int = session_key(1_000, "steps between checkpoints; 0: only at the end",
+                                        at_least(0))
+    keep_checkpoints: int = session_key(2, "newest checkpoints to keep", at_least(1))
+    max_hours: float = session_key(0.0, "stop in time to have saved after so many hours, start-up "
+                                        "included; 0: no limit", at_least(0))
+    max_skipped: int = session_key(10, "stop after more consecutive skipped (non-finite) updates; "
+                                       "checked every log_every steps", at_least(0))
+    resume: str = session_key("auto", "auto: from the newest checkpoint in out_dir, if any | "
+                                      "never: refuse a used out_dir | a checkpoint's path")
 
-
-RULES = (  # keys, what must hold for each, the same in words
-    ("dim n_layers n_heads hidden_dim context batch_size micro_batch_size max_steps log_every eval_batches keep_checkpoints",
-     lambda x: x >= 1, "at least 1"),
-    ("warmup_steps seed eval_every checkpoint_every min_lr weight_decay grad_clip max_hours max_skipped",
-     lambda x: 0 <= x < math.inf, "at least 0"),
-    ("rope_theta norm_eps learning_rate peak_tflops", lambda x: 0 < x < math.inf, "more than 0"),
-    ("beta1 beta2", lambda x: 0 <= x < 1, "from 0 to below 1"),
-    ("vocab_size", lambda x: 2 <= x <= data.LARGEST_VOCABULARY, f"from 2 to {data.LARGEST_VOCABULARY} (shards are uint16)"),
-    ("attention", lambda x: x in ("math", "flash"), "math or flash"),
-    ("dtype", lambda x: x in ("bfloat16", "float32"), "bfloat16 or float32"),
-)
+    def __post_init__(self):
+        super().__post_init__()
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps = {self.warmup_steps} is more than "
+                             f"max_steps = {self.max_steps}")
 
 
 def load_config(path, overrides=()):
-    """Defaults, under the assignments of the Python file `path`, under overrides like "--max_steps=100"."""
-    return check_config(read_assignments(Config, path, overrides))
-
-
-def check_config(values):
-    """Config(**values), if every value makes sense by itself and with the others."""
-    for keys, holds, expected in RULES:
-        for key in keys.split():
-            value = values.get(key, getattr(Config, key))
-            if not holds(value):
-                raise UserError(f"{key} = {value!r}, expected {expected}")
-    try:
-        config = Config(**values)
-    except ValueError as error:
-        raise UserError(error) from None
-    if config.warmup_steps > config.max_steps:
-        raise UserError(f"warmup_steps = {config.warmup_steps} is more than max_steps = {config.max_steps}")
-    return config
+    """Defaults, overridden by the config file `path`, overridden by strings "--key=value"."""
+    return nanoxla.config.load(Config, path, overrides)
 
 
 def check_batch_size(config, cores):
     if config.batch_size % (cores * config.micro_batch_size):
-        raise UserError(f"batch_size = {config.batch_size} is not a multiple of {cores} cores x micro_batch_size = "
-                        f"{config.micro_batch_size}")
+        raise UserError(f"batch_size = {config.batch_size} is not a multiple of {cores} cores x "
+                        f"micro_batch_size = {config.micro_batch_size}")
 
 
-def check_attention(config, device_type):
-    if config.attention == "flash" and device_type != "TPU":
-        raise UserError(f"attention = 'flash' runs on a TPU and this is a {device_type}; use --attention=math")
-    if config.attention == "flash" and not flash_attention.supports(config):
-        raise UserError(f"attention = 'flash' needs multiples of {flash_attention.LANES} for dim = {config.dim} and context = "
-                        f"{config.context}, which is at most {flash_attention.LONGEST}, and dim / n_heads = "
-                        f"{config.dim // config.n_heads} must divide {flash_attention.LANES}; use --attention=math")
-    if config.attention == "flash" and not find_spec("jax"):
-        raise UserError('attention = \'flash\' needs jax: pip install "torch_xla[tpu,pallas]==2.9.0", or use --attention=math')
-
-
-def print_help():
-    print(__doc__.split("\n\n")[1], "\n\nKeys, with type, default and meaning:\n")
-    for line in inspect.getsource(ModelConfig).splitlines() + inspect.getsource(Config).splitlines():
-        if match := re.match(r"    (\w+): (\w+) = (.+?)  # (.+)", line):  # the comments above are the documentation
-            print("  --{:18} {:6} {:12} {}".format(*match.groups()))
-
-
-# --- optimisation -----------------------------------------------------------------------------------------------------
+# --- learning rate and optimiser ----------------------------------------------------------------
 
 
 def learning_rate(step, config):
     """The learning rate of `step`, counted from 0."""
-    # 1) linear warm-up, which ends on the peak
+    # 1) linear warm-up; its last step has the peak
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    # 2) then half a cosine down to min_lr
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)  # from 0 to 1
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+    # 2) half a cosine, from the peak down to min_lr
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + cosine * (config.learning_rate - config.min_lr)
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101) after clipping by global norm.
+    """Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101), after clipping by global
+    norm. An update whose loss or gradient is not finite is skipped.
 
-    torch.optim.AdamW would do, but for XLA: it keeps its hyper-parameters as Python numbers, which end up as constants of
-    the graph when they are 0 or 1, so that a schedule compiles the step anew in the middle of a run. Here what changes
-    from step to step comes in one small tensor, and the moments exist from the start: one graph, whatever the step.
-
-    An update whose loss or gradient is not finite is left out: weights and moments stay, and `skipped` [2] counts such
-    updates, all of them and those in a row. An `if` would have to read the device; so the graph computes with a learning
-    rate and weights of 0 instead.
+    Why not torch.optim.AdamW? It keeps its hyper-parameters as Python numbers. In a graph, a Python
+    number becomes an input, except 0 and 1, which become constants. So a value that reaches 0 or 1
+    changes the graph, and the step is compiled again in the middle of the run: with beta2 = 0.95 at
+    step 324, where 1 - beta2^step rounds to 1. Here, everything that depends on the step comes in
+    one small tensor, and the moments exist from the start: one graph, whatever the step.
     """
 
     def __init__(self, parameters, config):
         self.config = config
         super().__init__(list(parameters), {})
+        # How many updates were skipped, in total and in a row up to now.
         self.skipped = torch.zeros(2, device=self.param_groups[0]["params"][0].device)
         for p in self.param_groups[0]["params"]:
-            p.grad = torch.zeros_like(p)  # see zero_grad in train_step
+            p.grad = torch.zeros_like(p)  # zeros and never None: see train_step
             self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     def schedule(self, step):
-        """What depends on the step, as one tensor [3]: learning rate and the two bias corrections."""
-        return torch.tensor([learning_rate(step, self.config), 1 - self.config.beta1 ** (step + 1),
+        """The numbers that depend on the step, as a tensor [3]: the learning rate and the
+        corrections
+        of the two moments' bias."""
+        return torch.tensor([learning_rate(step, self.config),
+                             1 - self.config.beta1 ** (step + 1),
                              1 - self.config.beta2 ** (step + 1)])
 
     @torch.no_grad()
     def step(self, schedule, loss):
-        """Updates the parameters and returns the gradient's norm before clipping, without reading either. loss: the mean
-        over all cores, only to see whether it is finite.
+        """Updates the parameters. Returns the gradient's norm before clipping, which stays on the
+        device. loss: the mean over all cores; only whether it is finite matters.
 
-        xm.optimizer_step calls this after it has averaged the gradients over the cores. Clipping belongs here, behind
-        the average: clipped before it, each core would shrink its own gradient by another factor.
-        """
+        xm.optimizer_step calls this after it has averaged the gradients over the cores. Clipping
+        has to come after the average: before it, each core would shrink its own gradient by
+        another factor."""
+        config, parameters = self.config, self.param_groups[0]["params"]
         lr, correction1, correction2 = schedule.unbind()
-        parameters = self.param_groups[0]["params"]
         grad_norm = torch.stack([p.grad.square().sum() for p in parameters]).sum().sqrt()
-        scale = (self.config.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0) if self.config.grad_clip else 1.0
+        scale = (config.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0) if config.grad_clip else 1.0
+
+        # Skip an update that is not finite. An `if` would have to read the device, so the graph
+        # always updates: if need be with a learning rate of 0 and a gradient of weight 0.
         finite = (grad_norm + loss).isfinite()
         zero = torch.zeros_like(grad_norm)
-        lr, weight1, weight2 = (torch.where(finite, x, zero) for x in (lr, 1 - self.config.beta1, 1 - self.config.beta2))
-        memory1, memory2, decay, step_size = 1 - weight1, 1 - weight2, 1 - lr * self.config.weight_decay, lr / correction1
+        lr, weight1, weight2 = (torch.where(finite, x, zero)
+                                for x in (lr, 1 - config.beta1, 1 - config.beta2))
+        beta1, beta2 = 1 - weight1, 1 - weight2
+        decay, step_size = 1 - lr * config.weight_decay, lr / correction1
         for p in parameters:
-            grad = torch.where(finite, p.grad * scale, zero)  # 0 * nan would be nan
+            grad = torch.where(finite, p.grad * scale, zero)  # since 0 * nan is nan
             exp_avg, exp_avg_sq = self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]
-            exp_avg.mul_(memory1).add_(grad * weight1)
-            exp_avg_sq.mul_(memory2).add_(grad.square() * weight2)
-            if p.dim() >= 2:  # matrices; a norm's weight has no reason to be small
+            exp_avg.mul_(beta1).add_(grad * weight1)
+            exp_avg_sq.mul_(beta2).add_(grad.square() * weight2)
+            if p.dim() >= 2:  # matrices decay; the weights of the norms have no reason to be small
                 p.mul_(decay)
             p.sub_(step_size * exp_avg / ((exp_avg_sq / correction2).sqrt() + 1e-8))
         (total, in_a_row), bad = self.skipped.unbind(), 1 - finite.float()
@@ -197,71 +176,100 @@ class AdamW(torch.optim.Optimizer):
         return grad_norm
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------
+# --- one step -----------------------------------------------------------------------------------
 
 
-class Passes:
-    """Forward, and forward with backward, over a micro-batch: each one operation of the graph.
+class TracedModel:
+    """Loss and gradients of a micro-batch, traced once and then replayed.
 
-    Writing down the hundreds of operations of a pass takes Python longer than computing them takes a TPU. So that is done
-    once: assume_pure_torch keeps what the first call traced, and all later calls refer to it. For a pure function that is the
-    same, so these get all that changes as tensors and return the sums: `total` of the losses, and of the gradients.
+    Recording the hundreds of operations of forward and backward takes Python longer than a TPU
+    takes to compute them. So they are recorded once (nanoxla/tracing.py), as pure functions: the
+    sums of loss and gradients over the micro-batches go in, and the new sums come out.
     """
 
     def __init__(self, model, config):
         self.model, self.config = model, config
         self.names, self.parameters = zip(*model.named_parameters())
-        self.micro_batches = config.batch_size // (xr.world_size() * config.micro_batch_size)  # in a step, on a core
-        self.add_loss, self.add_gradients = map(self.traced_once, (self.add_loss, self.add_gradients))
-
-    @torch.no_grad()  # assume_pure_torch insists on it, as its own results have no backward pass
-    def traced_once(self, function):
-        def pure(*tensors):
-            return function(*tensors)
-
-        what_it_depends_on = repr((self.config, self.micro_batches)).encode()
-        pure.__name__ = f"{function.__name__}_{zlib.crc32(what_it_depends_on)}"  # by which it is remembered
-        return assume_pure_torch(pure, use_cache=True)
+        self.device = self.parameters[0].device
+        self.micro_batches = config.batch_size // (xr.world_size() * config.micro_batch_size)
+        self.zero = torch.zeros((), device=self.device)  # a Python 0 would become a constant
+        self.loss_sum = self.zero
+        depends_on = config, self.micro_batches
+        self.add_loss = trace_once(self.add_loss, depends_on)
+        self.add_loss_and_gradients = trace_once(self.add_loss_and_gradients, depends_on)
 
     def loss(self, tokens, parameters):
-        """Mean loss over the windows tokens [B, T + 1]: each position predicts the next."""
+        """Mean loss over tokens [B, T + 1]: every position predicts the next token."""
         with torch.autocast("xla", torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            return functional_call(self.model, dict(zip(self.names, parameters)), (tokens[:, :-1], tokens[:, 1:]))
+            return functional_call(self.model, dict(zip(self.names, parameters)),
+                                   (tokens[:, :-1], tokens[:, 1:]))
 
-    def add_loss(self, tokens, parameters, total):
-        return total + self.loss(tokens, parameters)
+    def add_loss(self, tokens, parameters, loss_sum):
+        return loss_sum + self.loss(tokens, parameters)
 
-    def add_gradients(self, tokens, parameters, total, gradients):
-        """(total, gradients), the latter from last to first. Called for each micro-batch of a step, it adds up the means."""
+    def add_loss_and_gradients(self, tokens, parameters, loss_sum, gradient_sums):
+        """The new sums. Those of the gradients come last parameter first: see store_gradients."""
         with torch.enable_grad():
             loss = self.loss(tokens, parameters) / self.micro_batches
-        added = torch.autograd.grad(loss, parameters)
-        sums = [gradient + more for gradient, more in zip(gradients, added)]
-        return total + loss.detach(), sums[::-1]  # XLA numbers inputs by the last result first. In this order it finds the
-        # memory of gradient i for result i, among all of that shape, and adds in place: 6 % of a step
+        gradients = torch.autograd.grad(loss, parameters)
+        gradient_sums = [total + gradient for total, gradient in zip(gradient_sums, gradients)]
+        return loss_sum + loss.detach(), gradient_sums[::-1]
+
+    def accumulate_loss(self, tokens):
+        self.loss_sum = self.add_loss(tokens.to(self.device), self.parameters, self.loss_sum)
+
+    def accumulate_gradients(self, tokens):
+        gradients = [p.grad for p in self.parameters]
+        self.loss_sum, sums = self.add_loss_and_gradients(
+            tokens.to(self.device), self.parameters, self.loss_sum, gradients)
+        del gradients
+        store_gradients(self.parameters, sums)
+
+    def take_loss_sum(self):
+        """The sum of the losses so far; the next sum starts from 0."""
+        taken, self.loss_sum = self.loss_sum, self.zero
+        return taken
+
+
+def store_gradients(parameters, reversed_sums):
+    """Stores the new sums as p.grad. For parameters (a, b), reversed_sums is [sum_b, sum_a]; it is
+    empty afterwards. Both the order and the emptying are for speed, not for correctness.
+
+    The order: XLA writes a result over an old input of the same shape, if it can. It takes the
+    first one it finds, and torch_xla passes the inputs of the last result first. So with reversed
+    results each sum gets the memory of its own old gradient, and XLA adds in place: 6 % of a step.
+
+    The emptying: whatever Python refers to at torch_xla.sync() is a result of the graph and gets
+    memory of its own. A sum that stayed in the list would exist twice, there and in p.grad.
+    """
+    for p in parameters:
+        p.grad.copy_(reversed_sums.pop())
 
 
 @torch.no_grad()
-def train_step(passes, optimizer, batch, step, stop, zero):
-    """One optimiser step on this core's windows, batch [n, T + 1] on the host: accumulates the gradients of the
-    micro-batches, averages them over the cores, clips, updates. Returns a report that nobody has waited for, a tensor [5]
-    on the device: mean loss over all cores, gradient norm, updates skipped so far and in a row, and the number of cores
-    on which `stop` is true. zero: a 0 on the device.
+def train_step(traced, optimizer, batch, step, stop):
+    """One optimiser step on this core's share of the batch, [n, T + 1] on the host. Starts it and
+    does not wait for it. stop: whether this core wishes to stop.
 
-    Two graphs: a micro-batch, run for each of them, and the update. Gradients are set to zero after the update, and not to
-    None: so the first micro-batch adds to buffers like all others and runs the same graph.
+    Returns a report, a tensor [5] on the device: the mean loss over all cores, the gradient's norm,
+    the updates skipped in total and in a row, and the number of cores that wish to stop.
     """
-    total = zero
-    for tokens in batch.split(passes.config.micro_batch_size):
-        old = [p.grad for p in passes.parameters]
-        total, gradients = passes.add_gradients(tokens.to(zero.device), passes.parameters, total, old)
-        for p in passes.parameters:
-            p.grad.copy_(gradients.pop())  # nothing else may hold it at the sync, or it is kept in memory a second time
+    # Graph 1, once for every micro-batch: forward, backward, add to the sums. Because of the sync
+    # each micro-batch is a graph of its own, the same every time. Without it all would form one
+    # large graph: longer to compile, and with the activations of all micro-batches in memory.
+    for tokens in batch.split(traced.config.micro_batch_size):
+        traced.accumulate_gradients(tokens)
         torch_xla.sync()
-    stop = torch.tensor([float(stop)]).to(zero.device)  # [1], since a 0 or 1 of no dimension would be a constant of the graph
-    loss, stops = xm.all_reduce(xm.REDUCE_SUM, torch.cat([total[None] / xr.world_size(), stop])).unbind()
-    arguments = {"schedule": optimizer.schedule(step).to(zero.device), "loss": loss}
-    grad_norm = xm.optimizer_step(optimizer, optimizer_args=arguments)
+
+    # Graph 2: average over the cores, clip, update. The stop wish is a tensor of shape [1], because
+    # a 0 or 1 without dimensions would become a constant, and each of the two a graph of its own.
+    stop = torch.tensor([float(stop)]).to(traced.device)
+    loss = traced.take_loss_sum()[None] / xr.world_size()
+    loss, stops = xm.all_reduce(xm.REDUCE_SUM, torch.cat([loss, stop])).unbind()
+    schedule = optimizer.schedule(step).to(traced.device)
+    grad_norm = xm.optimizer_step(optimizer, optimizer_args={"schedule": schedule, "loss": loss})
+    # Zeros and not None: so the first micro-batch of the next step adds to existing gradients, like
+    # all the others, and needs no graph of its own.
     optimizer.zero_grad(set_to_none=False)
     report = torch.stack([loss, grad_norm, *optimizer.skipped.unbind(), stops])
     torch_xla.sync()
@@ -269,96 +277,115 @@ def train_step(passes, optimizer, batch, step, stop, zero):
 
 
 @torch.no_grad()
-def evaluate(passes, windows, zero):
-    """Mean loss over all cores' windows, of which this core has windows [n, T + 1]. Waits for the device."""
-    total, micro_batches = zero, windows.split(passes.config.micro_batch_size)
+def evaluate(traced, windows):
+    """The mean loss over the windows of all cores; [n, T + 1] are this core's. Waits for it."""
+    micro_batches = windows.split(traced.config.micro_batch_size)
     for tokens in micro_batches:
-        total = passes.add_loss(tokens.to(zero.device), passes.parameters, total)
+        traced.accumulate_loss(tokens)
         torch_xla.sync()
-    mean_loss = xm.all_reduce(xm.REDUCE_SUM, total / len(micro_batches), scale=1 / xr.world_size())
+    loss = traced.take_loss_sum() / len(micro_batches)
+    mean_loss = xm.all_reduce(xm.REDUCE_SUM, loss, scale=1 / xr.world_size())
     torch_xla.sync()
-    return mean_loss.cpu().item()  # torch_xla's own .item() is a race where cores are threads of one process
+    return mean_loss.cpu().item()  # .item() of an XLA tensor is not safe where cores are threads
 
 
-def worker(config, checkpoint, deadline, stop_wanted):
-    """The training run, as each core runs it. Cores differ in the windows they read, and core 0 also writes. It ends
-    early if stop_wanted() on any core, or if by time.monotonic() there is just time to save before the deadline."""
+# --- the run ------------------------------------------------------------------------------------
+
+
+def worker(config, checkpoint, deadline, stop_requested):
+    """The training run, as every core runs it. Cores read different windows; core 0 also writes.
+
+    deadline: the time.monotonic() by which the run must have saved. stop_requested: a function that
+    returns whether the user asked to stop.
+
+    A run compiles six graphs, whatever its length: (1) the zeros that moments and gradients start
+    from, and (2) check_all_cores_start_at; (3) a micro-batch and (4) the update, in train_step;
+    (5) a micro-batch without gradients and (6) the mean loss, in evaluate."""
     rank, cores, device = xr.global_ordinal(), xr.world_size(), torch_xla.device()
     check_batch_size(config, cores)
-    train_tokens, val_tokens = data.open_data(config)
-    if val_tokens:
-        starts = val_tokens.fixed_windows(config.eval_batches * config.batch_size)
-        val_windows = torch.from_numpy(val_tokens.read(starts[rank::cores]))
 
+    # the data: training windows are read step by step, validation windows once
+    train_data, val_data = data.open_data(config)
+    if val_data:
+        starts = val_data.fixed_windows(config.eval_batches * config.batch_size)
+        val_windows = torch.from_numpy(val_data.read(starts[rank::cores]))
+
+    # model and optimiser, and the checkpoint that the run continues from
     model = Llama(config, config.seed).to(device)
-    optimizer, passes = AdamW(model.parameters(), config), Passes(model, config)
-    first_step = restore(checkpoint, model, optimizer) if checkpoint else 0
-    zero = torch.zeros((), device=device)
-    torch_xla.sync()  # from here on weights, moments, gradients and zero are buffers, not recipes
-    steps = xm.all_reduce(xm.REDUCE_SUM, torch.tensor([float(first_step)]).to(device))
-    torch_xla.sync()
-    if steps.cpu().item() != first_step * cores:
-        raise UserError(f"step {first_step} is not where all cores start from; out_dir must be on a disk that all hosts share")
-    log = Log(config, checkpoint, first_step)
-    if rank == 0:
-        saver = Saver(config, checkpoint, train_tokens.sha256(), log.say)
-        log.say((f"going on from {checkpoint}" if checkpoint else "starting") + " (compiling the first step takes a while)")
+    optimizer = AdamW(model.parameters(), config)
+    traced = TracedModel(model, config)
+    step = first_step = restore(checkpoint, model, optimizer) if checkpoint else 0
+    torch_xla.sync()  # weights and moments become buffers; else the next graph would compute them
+    check_all_cores_start_at(first_step, device)
 
-    for step in range(first_step, config.max_steps):
-        started = time.perf_counter()
-        batch = torch.from_numpy(train_tokens.train_batch(step, config.batch_size, config.seed, rank, cores))
-        late = rank == 0 and time.monotonic() + 2 * (log.longest + saver.seconds) > deadline
-        report = train_step(passes, optimizer, batch, step, late or stop_wanted(), zero)
-        log.host_seconds += time.perf_counter() - started
-        done = step + 1
-        stopping = log.read()  # an earlier step's report, while the device works on this step
-        if step == first_step or due(done, config.log_every, config):
-            log.pending, log.host_seconds = (done, learning_rate(step, config), report, log.host_seconds), 0.0
-        evaluating, saving = val_tokens and due(done, config.eval_every, config), due(done, config.checkpoint_every, config)
-        if not (evaluating or saving or stopping):
-            continue
-        stopping |= log.read()
-        if evaluating:
-            val_loss = evaluate(passes, val_windows, zero)
-            if rank == 0:
-                log.write({"step": done, "val_loss": val_loss}, "val loss {val_loss:.4f}")
-        if rank == 0 and (saving or stopping) and not log.diverged:
-            saver.save(done, model, optimizer, bytes(log.rows), last=stopping or done == config.max_steps)
-        log.restart_clock(done)
+    # what reports, saves, and decides when to stop
+    log = TrainingLog(config, checkpoint, first_step, flops_per_token(config))
+    saver = Saver(config, num_parameters(config)[0], checkpoint, train_data.fingerprint(), log)
+    log.say((f"continuing from {checkpoint}" if checkpoint else "starting")
+            + " (compiling the first step takes a while)")
+
+    def stop_wanted():
+        time_to_save = 2 * (log.longest_interval + saver.longest_save)
+        late = rank == 0 and time.monotonic() + time_to_save > deadline
+        return late or stop_requested()
+
+    while step < config.max_steps:
+        # one optimiser step: record its graphs, start them, do not wait
+        log.step_begins()
+        batch = train_data.batch(step, config.batch_size, config.seed, rank, cores)
+        report = train_step(traced, optimizer, torch.from_numpy(batch), step, stop_wanted())
+        lr = learning_rate(step, config)
+        step += 1
+
+        # read the report of the step before, while the device works on this one
+        stopping = log.training(step, lr, report)
+
+        # once in a while: the validation loss (all cores take part)
+        if val_data and due(step, config.eval_every, config):
+            log.validation(step, evaluate(traced, val_windows))
+
+        # once in a while, and before stopping: a checkpoint (core 0 writes it in the background)
+        if (stopping or due(step, config.checkpoint_every, config)) and not log.diverged:
+            saver.save(step, model, optimizer, last=stopping or step == config.max_steps)
         if stopping:
             break
-    if rank == 0:
-        saver.wait()
-        log.write_all()
-        if log.diverged:
-            raise UserError(log.diverged)
-        if done < config.max_steps:
-            resume = "" if config.resume == "auto" else " with --resume=auto"
-            log.say(f"stopped after step {done}; to go on: the same command{resume}")
+
+    saver.wait()
+    log.close(step)
+
+
+def check_all_cores_start_at(step, device):
+    """Raises UserError unless all cores found the checkpoint of the same step."""
+    steps = xm.all_reduce(xm.REDUCE_SUM, torch.tensor([float(step)]).to(device))
+    torch_xla.sync()
+    if steps.cpu().item() != step * xr.world_size():
+        raise UserError(f"not all cores start from step {step}, as this one does; "
+                        "out_dir must be on a disk that all hosts share")
 
 
 def main():
     session_start = time.monotonic()
     if "--help" in sys.argv or "-h" in sys.argv:
-        return print_help()
+        print(__doc__.split("\n\n")[1], "\n\nKeys, with type, default and meaning:\n")
+        return nanoxla.config.print_keys(Config)
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise UserError("expected a config first, as in python train.py config/demo.py; --help lists the keys")
+        raise UserError("expected a config first, as in python train.py config/demo.py; "
+                        "--help lists the keys")
     config = load_config(sys.argv[1], sys.argv[2:])
-    for name in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16"):
-        if os.environ.get(name, "0") not in ("", "0"):
-            raise UserError(f"{name} is set: it silently makes weights, moments and loss bfloat16. Unset it; "
-                            "dtype=bfloat16 computes in bfloat16 and keeps those in float32")
+    check_environment()
     check_attention(config, xr.device_type())
-    train_tokens = data.check_data(config)
-    checkpoint = checkpoint_to_resume(config, train_tokens.sha256())
+    train_data = data.check_data(config)
+    checkpoint = checkpoint_to_resume(config, train_data.fingerprint())
+
     (total, in_matmuls), tokens = num_parameters(config), config.batch_size * config.context
-    print(f"{total:,} parameters, {in_matmuls:,} of them in matmuls | {config.max_steps:,} steps x {tokens:,} tokens "
-          f"= {config.max_steps * tokens:,} | {config.out_dir}")
+    print(f"{total:,} parameters, {in_matmuls:,} of them in matmuls | {config.max_steps:,} steps x "
+          f"{tokens:,} tokens = {config.max_steps * tokens:,} | {config.out_dir}")
     if checkpoint and read_state(checkpoint)["step"] >= config.max_steps:
         return print(f"{checkpoint} is the end of this run: nothing to do")
-    if xr.device_type() == "CPU":  # there XLA allocates its buffers anew in each step, and huge pages take a tenth off it
-        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read by the worker's glibc when it starts
-    run_on_all_cores(xmp.spawn, worker, config, checkpoint, session_start + 3600 * (config.max_hours or math.inf))
+    if xr.device_type() == "CPU":
+        use_huge_pages()
+    deadline = session_start + 3600 * (config.max_hours or math.inf)
+    run_on_all_cores(xmp.spawn, worker, config, checkpoint, deadline)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,255 @@
+r"""attention="flash": causal attention as a TPU kernel, written in JAX's Pallas.
+
+Read math_attention and rotate in model.py first: this computes the same. But the [T, T] scores
+never reach the TPU's main memory (HBM). They live in VMEM, the chip's own memory, for a block of
+queries at a time. For each block all scores fit, so the softmax is the plain one, and the backward
+pass simply computes it again: the forward pass saves nothing.
+
+How the kernel is cut up. Pallas runs a *program* for each point of a *grid*: here for each window b
+and each group g of 128 columns. A *BlockSpec* says which part of an array a program sees, and hands
+it over as a *ref*: q_ref[...] reads that part into VMEM. Here the part is q[b, :, 128 g : 128
+(g+1)].
+
+    q [B, T, D], as q_proj left it: heads side by side     a block of Q queries sees the keys up to
+                                                           its own end (N of them); the last Q of
+    lanes  0 ........... 63 64 .......... 127              these need the causal mask:
+          +----------------+-----------------+
+    t = 0 |     head 0     |     head 1      |                  keys     0  Q  2Q  3Q
+    t = 1 |     head 0     |     head 1      |             block 0      [\]
+     ...  |                |                 |             block 1      [   \]
+          +----------------+-----------------+             block 2      [      \]     \ masked
+           program (b, g = 0), for K = 64                  block 3      [         \]
+
+The vector unit has 128 lanes and the matrix unit multiplies 128 x 128, so two heads of 64 share the
+lanes. Moving each head to an axis of its own would leave half of the lanes empty. Instead, to get
+the scores of head 0, the kernel sets the lanes of head 1 to zero in q: zeros add nothing to a dot
+product, and the matrix unit takes the same time with or without them.
+
+Shapes:  B batch   T time   D width   K width of a head   L = 128 lanes
+         Q queries in a block   N keys that the block sees
+"""
+import functools
+import math
+from importlib.util import find_spec
+
+import torch
+
+from nanoxla.errors import UserError
+
+LANES = 128
+BLOCK = 256  # queries. With fewer the matrix unit waits; with more, more is masked out.
+MAX_CONTEXT = 2_048  # blocks and heads are unrolled, and a longer program takes minutes to compile
+
+
+def supports(config):
+    """Whether the kernel fits a model: its heads fill groups of lanes, its context fills blocks."""
+    return (LANES % (config.dim // config.n_heads) == 0 and config.dim % LANES == 0
+            and config.context % LANES == 0 and config.context <= MAX_CONTEXT)
+
+
+def check_attention(config, device_type):
+    """Raises UserError if config.attention cannot run on this kind of device ("TPU", "CPU")."""
+    if config.attention != "flash":
+        return
+    if device_type != "TPU":
+        raise UserError(f"attention = 'flash' runs on a TPU and this is a {device_type}; "
+                        "use --attention=math")
+    if not supports(config):
+        raise UserError(
+            f"attention = 'flash' needs multiples of {LANES} for dim = {config.dim} and context = "
+            f"{config.context}, a context of at most {MAX_CONTEXT}, and dim / n_heads = "
+            f"{config.dim // config.n_heads} must divide {LANES}; use --attention=math")
+    if not find_spec("jax"):
+        raise UserError("attention = 'flash' needs jax: pip install "
+                        "\"torch_xla[tpu,pallas]==2.9.0\", or use --attention=math")
+
+
+@functools.cache
+def kernels(K):
+    """The two passes for heads of width K, as functions of JAX arrays:
+
+        forward(q, k, v, cos, sin) -> y
+        backward(q, k, v, cos, sin, dy) -> dq, dk, dv
+
+    q, k, v, y and the gradients are [B, T, D]; cos and sin are [T, L], made by lane_tables.
+    """
+    import jax  # only now: torch_xla has to open the TPU first
+    import jax.numpy as jnp
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    def iota(shape, axis):
+        """The index along `axis`, at each place of an array."""
+        return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+    def dot(a, b, axis_of_a, axis_of_b):
+        return jax.lax.dot_general(a, b, (((axis_of_a,), (axis_of_b,)), ((), ())),
+                                   preferred_element_type=jnp.float32)
+
+    def matmul(a, b):  # a b
+        return dot(a, b, 1, 0)
+
+    def matmul_nt(a, b):  # a b^T
+        return dot(a, b, 1, 1)
+
+    def matmul_tn(a, b):  # a^T b
+        return dot(a, b, 0, 0)
+
+    def rotate(x, cos, sin):
+        """rotate of model.py for x [T, L] in float32. The quarter turn exchanges the halves of each
+        head; its minus sign is in sin already. With -sin it turns back."""
+        in_first_half = iota(x.shape, 1) % K < K // 2
+        exchanged = jnp.where(in_first_half,
+                              pltpu.roll(x, LANES - K // 2, 1), pltpu.roll(x, K // 2, 1))
+        return x * cos + exchanged * sin
+
+    def rotated(q_ref, k_ref, cos, sin):
+        q, k = (rotate(ref[...].astype(jnp.float32), cos, sin) for ref in (q_ref, k_ref))
+        return (q / math.sqrt(K)).astype(q_ref.dtype), k.astype(k_ref.dtype)
+
+    def blocks(T):
+        """For each block: its queries, the keys it sees, and for each head which of the lanes [Q,
+        L]
+        belong to it."""
+        Q = math.gcd(T, BLOCK)
+        head_of_lane = iota((Q, LANES), 1) // K
+        lanes_of_heads = [head_of_lane == head for head in range(LANES // K)]
+        for end in range(Q, T + 1, Q):
+            yield slice(end - Q, end), slice(end), lanes_of_heads
+
+    def scores(q, k):
+        """q k^T, [Q, N], and -inf for a key later than the query. Those are among the last Q
+        keys."""
+        Q = len(q)
+        allowed = iota((Q, Q), 1) <= iota((Q, Q), 0)  # key <= query
+        diagonal = jnp.where(allowed, matmul_nt(q, k[-Q:]), -jnp.inf)
+        return jnp.concatenate([matmul_nt(q, k[:-Q]), diagonal], 1) if len(k) > Q else diagonal
+
+    def transposed_scores(q, k):
+        """k q^T, [N, Q]: the same numbers the other way round."""
+        Q = len(q)
+        allowed = iota((Q, Q), 0) <= iota((Q, Q), 1)  # key <= query
+        diagonal = jnp.where(allowed, matmul_nt(k[-Q:], q), -jnp.inf)
+        return jnp.concatenate([matmul_nt(k[:-Q], q), diagonal], 0) if len(k) > Q else diagonal
+
+    # Forward, for the queries of a block:    S = q k^T,   P = softmax(S),   y = P v
+
+    def forward_program(q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref):
+        q, k = rotated(q_ref, k_ref, cos_ref[...], sin_ref[...])  # [T, L]
+        v = v_ref[...]  # [T, L]
+        for queries, keys, lanes_of_heads in blocks(len(q)):
+            y = jnp.zeros((len(lanes_of_heads[0]), LANES), jnp.float32)  # [Q, L]
+            for lanes in lanes_of_heads:
+                s = scores(jnp.where(lanes, q[queries], 0), k[keys])  # [Q, N]
+                weights = jnp.exp(s - s.max(1, keepdims=True))
+                denominator = weights.sum(1, keepdims=True)  # [Q, 1]
+                y = jnp.where(lanes, matmul(weights.astype(v.dtype), v[keys]) / denominator, y)
+            y_ref[queries, :] = y.astype(y_ref.dtype)
+
+    # Backward, from dy:    dv = P^T dy     dP = dy v^T     dS = P * (dP - rowsum(P * dP))
+    #                       dq = dS k       dk = dS^T q
+    # In the code everything of size [Q, N] is transposed, [N, Q]: the sums for dv and dk then need
+    # no transposition, and only dq does. Every block adds to dk and dv of all the keys it sees.
+
+    def backward_program(q_ref, k_ref, v_ref, cos_ref, sin_ref, dy_ref, dq_ref, dk_ref, dv_ref,
+                         dk_sum, dv_sum):
+        cos, sin = cos_ref[...], sin_ref[...]
+        q, k = rotated(q_ref, k_ref, cos, sin)  # [T, L]
+        v, dy = v_ref[...], dy_ref[...]  # [T, L]
+        dk_sum[...], dv_sum[...] = jnp.zeros_like(dk_sum), jnp.zeros_like(dv_sum)
+        for queries, keys, lanes_of_heads in blocks(len(q)):
+            dq = jnp.zeros((len(lanes_of_heads[0]), LANES), jnp.float32)  # [Q, L]
+            for lanes in lanes_of_heads:
+                head_q = jnp.where(lanes, q[queries], 0)  # [Q, L]
+                head_dy = jnp.where(lanes, dy[queries], 0)  # [Q, L]
+                s = transposed_scores(head_q, k[keys])  # [N, Q]
+                p = jnp.exp(s - s.max(0, keepdims=True))
+                p = p / p.sum(0, keepdims=True)
+                dp = matmul_nt(v[keys], head_dy)  # [N, Q]
+                ds = p * (dp - (p * dp).sum(0, keepdims=True))
+                ds = ds.astype(q.dtype)
+                dv_sum[keys, :] += matmul(p.astype(q.dtype), head_dy)
+                dk_sum[keys, :] += matmul(ds, head_q)
+                dq = jnp.where(lanes, matmul_tn(ds, k[keys]), dq)
+            dq = rotate(dq / math.sqrt(K), cos[queries], -sin[queries])
+            dq_ref[queries, :] = dq.astype(dq_ref.dtype)
+        dk_ref[...] = rotate(dk_sum[...], cos, -sin).astype(dk_ref.dtype)
+        dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+
+    def on_grid(program, q, *others, outputs, scratch=()):
+        """Runs the program for each window and group of lanes of the [B, T, D] arrays."""
+        B, T, D = q.shape
+        group = pl.BlockSpec((None, T, LANES), lambda b, g: (b, 0, g))  # of a [B, T, D] array
+        table = pl.BlockSpec((T, LANES), lambda b, g: (0, 0))  # cos and sin, the same for all
+        return pl.pallas_call(
+            program, grid=(B, D // LANES), name=program.__name__,
+            in_specs=[table if x.ndim == 2 else group for x in (q, *others)],
+            out_specs=[group] * outputs,
+            out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)] * outputs,
+            scratch_shapes=[pltpu.VMEM((T, LANES), dtype) for dtype in scratch],
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"),
+                                                 vmem_limit_bytes=64 << 20),
+        )(q, *others)
+
+    def forward(q, k, v, cos, sin):
+        return on_grid(forward_program, q, k, v, cos, sin, outputs=1)[0]
+
+    def backward(q, k, v, cos, sin, dy):
+        return on_grid(backward_program, q, k, v, cos, sin, dy, outputs=3,
+                       scratch=[jnp.float32] * 2)
+
+    return forward, backward
+
+
+def lane_tables(cos, sin):
+    """The tables [T, K] of model.py repeated for every head in the lanes, [T, L]. The sign of the
+    quarter turn moves into sin."""
+    K = cos.size(1)
+    sign = torch.where(torch.arange(K, device=sin.device) < K // 2, -1.0, 1.0)
+    return cos.repeat(1, LANES // K), (sin * sign).repeat(1, LANES // K)
+
+
+@functools.cache
+def exported(kernel, *shapes):
+    """The kernel, lowered for a TPU and for arguments of these shapes.
+
+    jax.export writes kernels in a format that is some weeks old. jax.jit would write the newest
+    one, and that of jax 0.7.1 is too new for libtpu 0.0.21, which torch_xla 2.9.0 comes with."""
+    import jax.export
+
+    return jax.export.export(jax.jit(kernel), platforms=["tpu"])(*shapes).call
+
+
+def call(kernel, outputs, q, *others):
+    """kernel(q, *others) for XLA tensors, recorded as one operation. Each of its outputs has the
+    shape and dtype of q."""
+    if q.device.type != "xla":
+        raise RuntimeError(f'attention="flash" is a TPU kernel and the model is on "{q.device}"; '
+                           'use attention="math"')
+    from torch_xla.experimental.custom_kernel import (
+        make_kernel_from_pallas,
+        to_jax_shape_dtype_struct,
+    )
+
+    kernel = exported(kernel, *map(to_jax_shape_dtype_struct, (q, *others)))
+    return make_kernel_from_pallas(kernel, lambda q, *_: [(q.shape, q.dtype)] * outputs)(q, *others)
+
+
+class FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, K, *inputs):
+        ctx.K = K
+        ctx.save_for_backward(*inputs)
+        return call(kernels(K)[0], 1, *inputs)
+
+    @staticmethod
+    def backward(ctx, dy):
+        dq, dk, dv = call(kernels(ctx.K)[1], 3, *ctx.saved_tensors, dy)
+        return None, dq, dk, dv, None, None
+
+
+def flash_attention(q, k, v, cos, sin):
+    """Causal attention of q, k, v [B, T, D], heads side by side, after rotating q and k by the
+    tables
+    cos and sin [T, K] of model.py. Returns [B, T, D]. See `supports` for the models it fits."""
+    return FlashAttention.apply(cos.size(1), q, k, v, *lane_tables(cos, sin))

@@ -1,0 +1,111 @@
+"""Start the worker on every core, pass on the wish to stop, and end all cores when one fails.
+
+    python train.py            the main process opens no TPU: a child could not open it then
+      | main thread            receives signals, and watches the workers
+      | second thread          xmp.spawn(...), which waits for the workers
+      |
+      +-- worker of core 0     a TPU core belongs to one process, so there is a process for each
+      +-- worker of core 1     (on the CPU: one process, whose threads are the cores)
+      +-- ...
+
+A temporary directory carries two messages, as names of files:
+
+    DIR/stop           main process to workers: the user asked to stop
+    DIR/failed/CODE    worker to main process: I failed; exit with this code
+
+A Ctrl-C (SIGINT) or SIGTERM:
+ 1. The terminal sends it to all processes. The workers inherited that it is blocked; only the main
+    thread of the main process receives it.
+ 2. The handler prints a note. The main thread creates DIR/stop.
+ 3. Each worker sees the file at its next step, and its wish travels with the step's all-reduce. So
+    all cores learn of it in the same step. (If each stopped when it saw the file, some core would
+    do one step more than the others, and wait forever in that step's all-reduce.)
+ 4. All save, leave the loop and return. xmp.spawn returns; the exit code is 0.
+ 5. A second Ctrl-C kills the workers at once; the exit code is 130.
+
+A core that fails, by an exception or by a kill:
+ 1. The other cores wait for it in the next all-reduce, where no exception reaches them.
+ 2. The first to fail creates DIR/failed, prints its message and ends its process with os._exit.
+ 3. The main thread sees a worker with a non-zero exit code, and kills all workers.
+ 4. The main process exits with CODE: 2 for a user's mistake, 1 for a bug.
+"""
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from nanoxla.errors import user_message
+from nanoxla.processes import exit_with_parent, signals_blocked
+
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
+
+
+def run_on_all_cores(spawn, worker, *arguments):
+    """Calls worker(*arguments, stop_requested) on every core, and waits until all have returned.
+
+    spawn is xmp.spawn. stop_requested() is true in every worker after a SIGINT or SIGTERM. Exits
+    the process if a worker failed, or at a second SIGINT."""
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(1) as thread:
+        received, workers = [], set()
+
+        def request_stop(number, _):
+            if number == signal.SIGINT and received:
+                kill(workers)
+                os._exit(130)
+            received.append(number)
+            note = (f"{signal.Signals(number).name}: stopping within log_every steps, and saving; "
+                    "Ctrl-C ends at once\n")
+            with contextlib.suppress(OSError):  # the terminal is gone
+                os.write(sys.stderr.fileno(), note.encode())
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, request_stop)
+        with signals_blocked(*STOP_SIGNALS):  # for the new thread, and so for the workers it starts
+            spawned = thread.submit(spawn, supervised, (worker, arguments, directory))
+        while wait([spawned], timeout=0.1).not_done:
+            if received:
+                with contextlib.suppress(OSError):  # the disk is full: try again in the next round
+                    Path(directory, "stop").touch()
+            workers.update(multiprocessing.active_children())
+            # xmp.spawn does not always notice the end of a worker that started late, so look here.
+            if any(process.exitcode for process in workers):
+                kill(workers)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # nothing is left to stop
+        try:
+            spawned.result()
+        except BrokenProcessPool:
+            codes = [int(path.name) for path in Path(directory).glob("failed/*")]
+            sys.exit(codes[0] if codes else "a worker was killed, perhaps for lack of memory")
+
+
+def kill(processes):
+    for process in processes:
+        process.kill()
+
+
+def supervised(index, worker, arguments, directory):
+    """What xmp.spawn calls on core `index`: the worker, and the report if it fails."""
+    exit_with_parent()
+    try:
+        worker(*arguments, Path(directory, "stop").exists)
+    except BaseException as error:
+        message = user_message(error)
+        try:
+            Path(directory, "failed").mkdir()  # succeeds on one core only
+            # The exit code is the name of an empty file: that works even on a full disk.
+            Path(directory, "failed", "2" if message else "1").touch()
+        except FileExistsError:
+            time.sleep(5)  # another core failed first: let it print its message
+            os._exit(1)
+        finally:
+            with contextlib.suppress(OSError):
+                print(message or traceback.format_exc(), file=sys.stderr, flush=True)
+            os._exit(1)

@@ -1,0 +1,216 @@
+"""What a run reports: metrics.jsonl for programs, a line per row for people, a progress bar.
+
+A step's report (loss, gradient norm, ...) is a tensor on the device. Reading it makes the host
+wait until the device has computed it. If the loop read it at once, the device would stand idle
+while the host traces the next step. So the loop reads the report of step 1 after it has started
+step 2:
+
+    host    | trace 1 | trace 2 | wait  | log 1 | trace 3 | wait  | log 2 | trace 4 | wait  | log 3
+    device            |      step 1     |      step 2             |      step 3             | step 4
+                                        ^ report 1 is ready       ^ report 2                ^
+
+A callback notes the time at which each report is ready. The difference between two of these times
+is the time of the steps between them, even if the host is late and reads a report long after it
+was ready: on a CPU, say, where host and device share the processors.
+
+Before an evaluation or a checkpoint the report is read at once: the host has to wait for the device
+anyway. The clock then stops until the next step begins, so neither counts in a row's speed.
+"""
+import contextlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import torch
+import torch_xla.debug.metrics as met
+import torch_xla.runtime as xr
+from torch_xla.experimental.callback import on_ready_callback
+from tqdm import tqdm
+
+from nanoxla.errors import UserError
+from nanoxla.files import write_file
+
+
+def due(step, every, config):
+    """Whether to do, after `step` steps, what is done every so many steps (0: never) and at the end
+    of the run."""
+    return step == config.max_steps or (every > 0 and step % every == 0)
+
+
+def compilations():
+    """How many graphs this process has compiled, and how many seconds that took."""
+    count, nanoseconds, _ = met.metric_data("CompileTime") or (0, 0, ())
+    return count, nanoseconds / 1e9
+
+
+class Times(NamedTuple):
+    """Seconds since the run started, added up over its steps."""
+    wall: float  # without pauses (evaluations, checkpoints)
+    host: float  # in which the host read batches, traced steps and started them, without compiling
+    compile: float
+
+
+class Clock:
+    """Measures the steps of a run. The time between the last step before a pause and the first step
+    after it does not count."""
+
+    def __init__(self):
+        self.running_since = None  # None during a pause
+        self.wall = self.host = self.compile = 0.0
+
+    def step_begins(self):
+        """The host begins to work on a step."""
+        self.began, self.compiled_before = time.perf_counter(), compilations()[1]
+        if self.running_since is None:
+            self.running_since = self.began
+
+    def step_started(self):
+        """The host is done with the step, and the device works on it."""
+        compiled = compilations()[1] - self.compiled_before
+        self.compile += compiled
+        self.host += time.perf_counter() - self.began - compiled
+
+    def step_finished(self, finished, pause):
+        """The device finished a step at the time `finished`. pause: the next one does not follow at
+        once."""
+        self.wall += finished - self.running_since
+        self.running_since = None if pause else finished
+
+
+class PendingReport(NamedTuple):
+    step: int
+    learning_rate: float
+    report: torch.Tensor  # on the device
+    ready: SimpleQueue  # of the time at which the report was ready
+    pause: bool  # whether an evaluation or a checkpoint follows
+    host: float  # the clock's host and compile seconds at the end of this step
+    compile: float
+
+
+class TrainingLog:
+    """Every core reads the reports, because a report also says whether to stop. Core 0 writes."""
+
+    def __init__(self, config, checkpoint, first_step, flops_per_token):
+        """Begins with the rows in the checkpoint that the run continues from (None for a new run).
+        Rows that a killed run logged after its last checkpoint are dropped: their steps come again.
+        """
+        self.config, self.first_step = config, first_step
+        self.flops_per_token = flops_per_token
+        self.is_writer = xr.global_ordinal() == 0
+        self.path = Path(config.out_dir, "metrics.jsonl")
+        self.rows = bytearray(Path(checkpoint, "metrics.jsonl").read_bytes() if checkpoint else b"")
+        if self.is_writer:
+            self.write_all()
+        self.bar = tqdm(total=config.max_steps, initial=first_step, unit="step", leave=False,
+                        dynamic_ncols=True, disable=not (self.is_writer and sys.stderr.isatty()))
+        self.pending = None
+        self.clock, self.row_step, self.row_times = Clock(), first_step, Times(0.0, 0.0, 0.0)
+        self.last_read, self.longest_interval = math.inf, 0.0  # between two reads, in seconds
+        self.stopping, self.diverged = False, ""
+
+    def step_begins(self):
+        self.clock.step_begins()
+
+    def training(self, step, learning_rate, report):
+        """Takes the report of a step that has been started, and reads the report before it. Returns
+        whether to stop now: the same answer, after the same step, on all cores."""
+        config = self.config
+        self.clock.step_started()
+        self.read_pending()
+        pause = due(step, config.eval_every, config) or due(step, config.checkpoint_every, config)
+        if pause or step == self.first_step + 1 or due(step, config.log_every, config):
+            ready = SimpleQueue()
+            on_ready_callback(report, lambda _: ready.put(time.perf_counter()))
+            self.pending = PendingReport(step, learning_rate, report, ready, pause,
+                                         self.clock.host, self.clock.compile)
+        if pause or self.stopping:
+            self.read_pending()
+        return self.stopping
+
+    def read_pending(self):
+        """Waits for the pending report, if there is one."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        loss, grad_norm, skipped, in_a_row, stops = pending.report.cpu().tolist()
+        finished = pending.ready.get()
+        self.clock.step_finished(finished, pending.pause)
+        self.longest_interval = max(self.longest_interval, finished - self.last_read)
+        self.last_read = finished
+        if pending.step == 1 or due(pending.step, self.config.log_every, self.config):
+            self.write_training_row(pending, loss, grad_norm, int(skipped))
+        if in_a_row > self.config.max_skipped:
+            self.diverged = (f"step {pending.step}: loss {loss}, gradient norm {grad_norm}, "
+                             f"{in_a_row:.0f} updates skipped in a row: the run has diverged; "
+                             "start again with a lower learning_rate")
+        self.stopping = bool(stops or self.diverged)
+
+    def write_training_row(self, pending, loss, grad_norm, skipped):
+        config, step = self.config, pending.step
+        times = Times(self.clock.wall, pending.host, pending.compile)
+        wall, host, compile_s = (now - then for now, then in zip(times, self.row_times))
+        steps, self.row_step, self.row_times = step - self.row_step, step, times
+        step_seconds = (wall - compile_s) / steps
+        tokens_per_s = config.batch_size * config.context / step_seconds
+        peak_flops = config.peak_tflops * 1e12 * xr.world_size()
+        mfu = tokens_per_s * self.flops_per_token / peak_flops
+        row = {"step": step, "loss": loss, "lr": pending.learning_rate, "grad_norm": grad_norm,
+               "tokens": step * config.batch_size * config.context, "tokens_per_s": tokens_per_s,
+               "step_ms": 1e3 * step_seconds, "host_ms": 1e3 * host / steps,
+               "mfu": mfu if xr.device_type() == "TPU" else None,
+               "compiles": compilations()[0], "skipped": skipped, "compile_s": compile_s}
+        line = ("loss {loss:7.4f} | lr {lr:.2e} | grad norm {grad_norm:6.3f} | "
+                "{step_ms:7.1f} ms (host {host_ms:5.1f}) | {tokens_per_s:9,.0f} tok/s")
+        line += " | mfu {mfu:.1%}" if row["mfu"] else ""
+        line += " | {skipped} updates skipped" if skipped else ""
+        line += " | compiled for {compile_s:.1f} s" if compile_s else ""
+        self.write(row, line)
+        self.bar.update(step - self.bar.n)
+
+    def validation(self, step, val_loss):
+        self.write({"step": step, "val_loss": val_loss}, "val loss {val_loss:.4f}")
+
+    def write(self, row, line):
+        """Appends a row to metrics.jsonl and prints it, as `line` formats it."""
+        if not self.is_writer:
+            return
+        in_json = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                   for key, value in row.items()}  # JSON has no nan
+        addition = json.dumps(in_json).encode() + b"\n"
+        self.rows += addition
+        try:
+            if self.path.exists() and self.path.stat().st_size + len(addition) == len(self.rows):
+                with self.path.open("ab") as file:
+                    file.write(addition)
+            else:  # rows are missing: the disk was full, or the file was removed
+                self.write_all()
+        except OSError as error:
+            self.say(f"warning: step {row['step']} is not in {self.path}: {error}; "
+                     "training goes on")
+        self.say(f"step {row['step']:6d}/{self.config.max_steps} | {line.format(**row)}")
+
+    def write_all(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(self.path, self.rows)
+
+    def say(self, line):
+        """Prints a line above the progress bar, on core 0."""
+        if self.is_writer:
+            with contextlib.suppress(OSError):  # the reader of our output has quit: train on
+                self.bar.write(line, file=sys.stdout)
+                sys.stdout.flush()
+
+    def close(self, step):
+        """Ends the run after `step` steps. Raises UserError on core 0 if it diverged."""
+        if not self.is_writer:
+            return
+        self.write_all()
+        if self.diverged:
+            raise UserError(self.diverged)
+        if step < self.config.max_steps:
+            flag = "" if self.config.resume == "auto" else " with --resume=auto"
+            self.say(f"stopped after step {step}; to go on: the same command{flag}")

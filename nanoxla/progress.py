@@ -1,0 +1,27 @@
+"""A progress bar with the time left on a terminal; plain lines in a file or a pipe."""
+import sys
+import threading
+
+from tqdm import tqdm
+
+# By default tqdm makes a semaphore that is shared between processes. A process that ends at once
+# would leave it behind, and Python would report a leak. A lock between threads is enough here.
+tqdm.set_lock(threading.RLock())
+
+
+class Progress(tqdm):
+    """On a terminal a bar with an ETA; elsewhere one line every 30 seconds."""
+
+    def __init__(self, total, unit, description):
+        self.plain = not sys.stderr.isatty()
+        line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+        super().__init__(total=total, unit=unit, desc=description, unit_scale=True, leave=False,
+                         mininterval=30 if self.plain else 0.1,
+                         bar_format=line if self.plain else None)
+
+    def display(self, msg=None, pos=None):
+        closing = msg == ""
+        if not self.plain:
+            super().display(msg, pos)
+        elif 0 < self.n < self.total and not closing:
+            print(self, file=sys.stderr, flush=True)
