@@ -1,16 +1,23 @@
 """Continue a prompt with a trained model.
 
-    python sample.py --prompt "The state of the Union is"             # the newest run under out/
-    python sample.py --checkpoint out/demo --prompt "..." --num-samples 3 --temperature 0.8 --top-k 50
-    python sample.py < tools/prompts.txt                              # a prompt per line; a terminal is asked for them
+    python sample.py --prompt "The state of the Union is"      # the newest run under out/
+    python sample.py --checkpoint out/demo --prompt "..." --num-samples 3 --temperature 0.8
+    python sample.py < tools/prompts.txt                       # one prompt per line
 
---checkpoint takes a run's directory (its newest checkpoint), a checkpoint, or a Hugging Face directory. The text appears as
-it is generated, and ends with the document (eos), after --max-new-tokens, or when the model's context is full, which is
-said. An empty prompt begins a document; one that leaves no room in the context is an error. In prompts read line by line,
-\\n stands for a line break. On a machine with a TPU it runs there, on one core; else on the CPU in plain PyTorch.
+--checkpoint takes the directory of a run (for its newest checkpoint), a checkpoint, or a Hugging
+Face directory. Without --prompt, each line of standard input is a prompt, in which \\n stands for a
+line break. An empty prompt starts a new document.
+
+Text appears as it is generated. It ends where the model ends the document (with the token eos),
+after --max-new-tokens, or when the model's context is full, with a note. A machine with a TPU uses
+one of its cores; any other uses the CPU, in plain PyTorch.
+
+Read it from top to bottom: drawing a token, the loop that generates a text, the decoder that makes
+this loop fast, turning tokens into text, the command.
+
+Shapes:  T  tokens read at once    D  width of the model    V  vocabulary
 """
 import argparse
-import contextlib
 import importlib.util
 import math
 import os
@@ -19,124 +26,173 @@ import time
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # has torch put weights into memory pages of 2 MB: 2 % faster
+# torch then stores the weights in memory pages of 2 MB, which makes sampling 2 % faster. It reads
+# this variable while it is imported.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 
-from checkpoint import find_checkpoint, load_model, read_state
-from convert_to_hf import is_hf, load_hf
-from data import load_tokenizer
-from model import KVCache
-from process import UserError, run_command
+from model import KVCache, load_model
+from nanoxla import checkpoint, hf_directory
+from nanoxla.errors import UserError, run_command
+from nanoxla.prompts import read_prompts
+from nanoxla.tokenizer import load_tokenizer
 
 CHUNK = 128  # tokens of a prompt that an XLA device reads at once
 
 
-def trace(function, inputs):
-    """The operations that function(*inputs) runs, to be run again without Python. It is called once: real inputs, please."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that shapes become constants: they are
-        return torch.jit.trace(function, inputs, check_trace=False)
+# --- drawing tokens -----------------------------------------------------------------------------
+
+
+def sample_token(logits, temperature, top_k, top_p, generator):
+    """Draws a token id from logits [V].
+
+    temperature: divides the logits. Below 1, likely tokens become even likelier. 0 always takes the
+    likeliest (greedy sampling). top_k: draw only among the top_k likeliest tokens; 0 means all.
+    top_p: of these, keep the fewest likeliest whose probabilities reach top_p (nucleus sampling,
+    https://arxiv.org/abs/1904.09751)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    logits, ids = logits.topk(min(top_k or len(logits), len(logits)))  # the likeliest first
+    probabilities = (logits / temperature).softmax(0)
+    sum_before = probabilities.cumsum(0) - probabilities  # of all likelier tokens
+    probabilities[1:][sum_before[1:] >= top_p] = 0  # [1:] keeps the likeliest for any top_p
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def generate(decoder, ids, max_new_tokens, vocab_size, eos, temperature=0.8, top_k=0, top_p=1.0,
+             seed=0):
+    """Yields the token ids that continue the text `ids`.
+
+    Stops at the token `eos` (which is not yielded), after max_new_tokens, or when the model's
+    context is full. vocab_size: that of the tokenizer; the model's may be larger, for padding. The
+    draws are made on the CPU, so a seed means the same draws on every device. Raises UserError if
+    the logits are not finite."""
+    generator = torch.Generator().manual_seed(seed)
+    end = min(len(ids) + max_new_tokens, decoder.model.config.context)
+    decoder.reserve(end)
+    unread, position = ids, 0  # the tokens still to read, and the position of the first
+    while position + len(unread) < end:
+        logits = decoder.read(unread, position)[:vocab_size]  # without the padding
+        if not logits.isfinite().all():
+            raise UserError("the model's logits are not finite: its weights are damaged, "
+                            "or its training has diverged")
+        position += len(unread)
+        token = sample_token(logits, temperature, top_k, top_p, generator)
+        if token == eos:
+            return
+        yield token
+        unread = [token]  # the decoder's cache holds the others
+
+
+# --- the decoder --------------------------------------------------------------------------------
 
 
 class Decoder:
-    """Reads tokens, and returns the logits of the next one.
+    """Reads the tokens of a text, and returns the logits of the next one. A KV cache holds the keys
+    and values of all tokens read so far, so the model computes each token only once.
 
-    XLA compiles a graph for each shape that it meets, which takes seconds. So on an XLA device there are two shapes, a chunk
-    of a prompt and a single token, whatever the prompt and however long the text: a chunk is padded, the cache is as long as
-    the context, and where to write and which logits to return are tensors, not numbers. A CPU computes at once what it is
-    told: there prompts need no padding, and the cache is about as long as needed, because attention reads all of it. What
-    costs time there, next to reading the weights, is Python, so a single token's operations are traced once.
+    XLA compiles a graph for every new shape, which takes seconds. So an XLA device uses two shapes,
+    for any prompt and any length of text: a chunk of a prompt, [1, CHUNK], and a single token,
+    [1, 1]. The last chunk of a prompt is padded, and the cache is always as long as the context.
+    The position in the text is a tensor for the same reason. XLA would compile a Python number into
+    the graph as a constant, so each position would need a graph of its own.
+
+    The CPU runs each operation immediately, whatever its shape. There a prompt is not padded, and
+    the cache is about as long as the text, because attention reads all of it. For a single token,
+    most of the time goes into reading the weights, and most of the rest into Python. So the
+    operations are traced once, and then replayed without Python overhead.
     """
 
     def __init__(self, model, device="cpu"):
-        self.model, self.on_xla, self.cache = model.eval().requires_grad_(False), device == "xla", None
+        """device: "cpu" or "xla"."""
+        self.model = model.eval().requires_grad_(False)
+        self.on_xla = device == "xla"
+        self.cache = None
         if self.on_xla:
             import torch_xla
             self.sync = torch_xla.sync
-            self.chunk = math.gcd(CHUNK, model.config.context)  # so that the last chunk, padded, ends within the context
+            # A divisor of the context, so that even a padded last chunk ends within it.
+            self.chunk = math.gcd(CHUNK, model.config.context)
         else:
             self.sync = lambda: None
             self.chunk = model.config.context
             for layer in model.modules():
-                if isinstance(layer, torch.nn.Linear):  # the same, but stored column by column: 5 % faster for a single token
+                if isinstance(layer, torch.nn.Linear):
+                    # The same matrix, stored column by column: 5 % faster for a single token.
                     layer.weight.data = layer.weight.data.t().contiguous().t()
         self.device = torch.device(device)
         model.to(self.device)
 
     def reserve(self, length):
-        """Makes room for `length` tokens, at most the model's context. If there was less, what was read is forgotten."""
+        """Makes room for a text of `length` tokens, at most the context. A cache that is too short
+        is replaced by a longer, empty one."""
         if self.cache is None or self.cache.length < length:
             context = self.model.config.context
-            rounded = context if self.on_xla else min(context, 1 << (length - 1).bit_length())
-            self.cache, self.traced = KVCache(self.model.config, 1, self.device, rounded), None
-            self.sync()  # so that the cache is a buffer from the start, and not zeros that a graph makes
+            power_of_two = 1 << (length - 1).bit_length()
+            room = context if self.on_xla else min(context, power_of_two)
+            self.cache = KVCache(self.model.config, 1, self.device, room)
+            self.traced = None
+            # Make the zeros now. Otherwise the next graph would also make them, and differ from
+            # the graphs after it: XLA would compile one more.
+            self.sync()
 
-    @torch.no_grad()  # inference_mode does not work on XLA
+    @torch.no_grad()  # torch.inference_mode does not work on XLA
     def read(self, ids, position):
-        """Reads ids, of which the first is the text's token number `position`; all before it must have been read. Returns
-        the logits [V] of the token behind the last, on the CPU."""
+        """Reads a list of token ids, the first of which is at `position` in the text. All earlier
+        tokens must have been read. Returns the logits [V] of the token that follows, on the CPU."""
         for start in range(0, len(ids), self.chunk):
             part = ids[start:start + self.chunk]
             padding = self.chunk - len(part) if self.on_xla and len(part) > 1 else 0
-            inputs = [torch.tensor(x).to(self.device)
-                      for x in ([part + [0] * padding], [position + start], [len(part) - 1])]
+            inputs = [torch.tensor(values).to(self.device) for values in (
+                [part + [0] * padding],  # tokens [1, T]
+                [position + start],  # position [1] of the first
+                [len(part) - 1])]  # index [1] of the last, before the padding
             if len(part) > 1 or self.on_xla:
                 logits = self.compute(*inputs)
             else:
                 self.traced = self.traced or trace(self.compute, inputs)
-                with torch.jit.optimized_execution(False):  # or it would look for something to fuse, for 0.1 s and in vain
+                # The optimiser would spend 0.1 s looking for operations to fuse, and find none.
+                with torch.jit.optimized_execution(False):
                     logits = self.traced(*inputs)
             self.sync()
         return logits.cpu()
 
     def compute(self, tokens, position, last):
-        """tokens [1, T], the first of them at position [1]; returns the logits [V] behind token number last [1] of them."""
-        self.cache.position = position
+        """The logits [V] of the token that follows tokens[:, last]. tokens [1, T]; position [1] of
+        the first of them; last [1]."""
+        self.cache.position = position  # not after the padding, which the next call overwrites
         hidden = self.model.hidden(tokens, self.cache)  # [1, T, D]
         return self.model.lm_head(hidden.index_select(1, last))[0, 0]  # [V]
 
 
-def pick(logits, temperature, top_k, top_p, generator):
-    """Draws a token id from logits [V]: the likeliest at temperature 0; otherwise at random among the top_k likeliest
-    (0: all) and, of those, the fewest whose probabilities reach top_p (https://arxiv.org/abs/1904.09751)."""
-    if temperature == 0:
-        return int(logits.argmax())
-    logits, ids = logits.topk(min(top_k or len(logits), len(logits)))  # likeliest first
-    probabilities = (logits / temperature).softmax(0)
-    before = probabilities.cumsum(0) - probabilities  # probability of all likelier ones
-    probabilities[1:][before[1:] >= top_p] = 0  # the likeliest stays whatever top_p rounds to
-    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+def trace(function, inputs):
+    """A function that replays the operations of function(*inputs) without Python overhead.
+
+    Tracing calls the function once. It writes to the cache, so the inputs must be real ones."""
+    with warnings.catch_warnings():
+        # The warning says that shapes become constants. Ours never change.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return torch.jit.trace(function, inputs, check_trace=False)
 
 
-def generate(decoder, ids, max_new_tokens, vocab_size, eos, temperature=0.8, top_k=0, top_p=1.0, seed=0):
-    """Yields the ids that follow `ids`, all below vocab_size, until eos, max_new_tokens or the end of the model's context.
-    The draws are made on the CPU: a seed means the same ones on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    end = min(len(ids) + max_new_tokens, decoder.model.config.context)
-    decoder.reserve(end)
-    position = 0
-    while position + len(ids) < end:
-        logits = decoder.read(ids, position)[:vocab_size]  # what a model has beyond that is padding
-        if not logits.isfinite().all():
-            raise UserError("the model's logits are not finite: its weights are damaged, or its training has diverged")
-        position += len(ids)
-        token = pick(logits, temperature, top_k, top_p, generator)
-        if token == eos:
-            return
-        yield token
-        ids = [token]  # the decoder remembers the others
+# --- turning tokens into text -------------------------------------------------------------------
 
 
 def stream(processor, ids, tokens):
-    """Yields the text that each of `tokens` adds to `ids`, and what is left at the end.
+    """Yields the text that each of `tokens` adds to a text that begins with `ids`; then, once more,
+    whatever text is still held back. processor: a SentencePieceProcessor.
 
-    A piece alone does not tell its text: SentencePiece drops the space that the first one starts with, and a character may
-    take several tokens, a byte each. So what is decoded begins one visible token earlier, and waits until all bytes of a
-    character are there.
+    A token cannot be decoded on its own, for two reasons:
+
+    1. decode(["▁we", "▁the"]) is "we the", but decode(["▁the"]) is "the": SentencePiece drops the
+       space at the start of a text. So we decode from one token earlier. "we the" without "we",
+       which has been shown, leaves " the".
+    2. "😀" is spelled with four tokens, one for each byte. The first three decode to a replacement
+       character. So we wait for the fourth.
     """
-    window = list(ids)
-    shown = processor.decode(window)
+    window = list(ids)  # the tokens to decode
+    shown = processor.decode(window)  # the part of their text that has been shown
     for token in tokens:
         window.append(token)
         text = processor.decode(window)
@@ -144,73 +200,62 @@ def stream(processor, ids, tokens):
             yield ""
             continue
         yield text[len(shown):]
-        if text != shown:
+        if text != shown:  # a control token has no text, and starts no new window
             window = [token]
             text = processor.decode(window)
         shown = text
     yield processor.decode(window)[len(shown):]
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------
 
 
 def load(path):
-    """The model, on the CPU, and the tokenizer of a run (its newest checkpoint), a checkpoint or a Hugging Face directory; of
-    the newest run under out/ if path is None."""
-    if path is not None and is_hf(path):
+    """The model, on the CPU, and the tokenizer at `path`: a run (its newest checkpoint), a
+    checkpoint or a Hugging Face directory. None means the newest run under out/."""
+    if path is not None and hf_directory.is_hf(path):
         directory = Path(path)
         if not (directory / "tokenizer.model").is_file():
-            raise UserError(f"{directory} has no tokenizer.model, the SentencePiece model that text is encoded with")
-        model = load_hf(directory)
+            raise UserError(f"{directory} has no tokenizer.model, the SentencePiece model that "
+                            "encodes the prompt")
+        values, weights = hf_directory.read(directory)
     else:
-        directory = find_checkpoint(path)
-        if not read_state(directory)["tokenizer"]:
-            raise UserError(f"{directory} has no tokenizer; its run named none (config key tokenizer)")
-        model = load_model(directory, attention="math")
+        directory = checkpoint.find_checkpoint(path)
+        if not checkpoint.read_state(directory)["tokenizer"]:
+            raise UserError(f"{directory} has no tokenizer; "
+                            "its run was given none (config key tokenizer)")
+        values, weights = checkpoint.load(directory)
+    model = load_model(values, weights, directory)
     return model, load_tokenizer(directory / "tokenizer.model", model.config.vocab_size)
 
 
 def default_device():
-    """xla on a machine with a TPU, otherwise cpu. Where there is no libtpu, torch_xla, which takes seconds, is not loaded."""
+    """"xla" on a machine with a TPU, otherwise "cpu"."""
+    # Importing torch_xla takes seconds. Without libtpu there is no TPU, so do not import it.
     if os.environ.get("PJRT_DEVICE") == "CPU" or not importlib.util.find_spec("libtpu"):
         return "cpu"
     import torch_xla.runtime as xr
     return "xla" if xr.device_type() == "TPU" else "cpu"
 
 
-def prompts():
-    """The lines of standard input; a terminal is asked for them, until Ctrl-D."""
-    if sys.stdin is None:
-        raise UserError("standard input is closed; give a --prompt")
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  lets input() edit lines and recall earlier ones
-        with contextlib.suppress(EOFError):
-            while True:
-                if not sys.stdout.isatty():  # a file, which is not to have this in it
-                    print("prompt> ", end="", file=sys.stderr, flush=True)
-                yield input("prompt> " if sys.stdout.isatty() else "").replace("\\n", "\n")
-        print()
-    else:
-        for line in sys.stdin.buffer:
-            yield line.decode(errors="surrogateescape").rstrip("\r\n").replace("\\n", "\n")
-
-
 def continue_prompt(prompt, decoder, processor, arguments):
-    """Prints --num-samples continuations of the prompt. Returns the number of tokens."""
+    """Prints --num-samples continuations of the prompt. Returns the number of new tokens."""
     context = decoder.model.config.context
     try:
         prompt.encode()
-    except UnicodeEncodeError:  # bytes that are no UTF-8 come as surrogates
+    except UnicodeEncodeError:  # Python represents bytes that are not UTF-8 by surrogates
         raise UserError(f"the prompt {prompt!r} is not UTF-8") from None
-    ids = [processor.bos_id()] + processor.encode(prompt)
+    ids = [processor.bos_id(), *processor.encode(prompt)]
     if len(ids) >= context:
-        raise UserError(f"the prompt has {len(ids):,} tokens; the model reads {context:,} and needs room for one more")
+        raise UserError(f"the prompt has {len(ids):,} tokens; the model's context of {context:,} "
+                        f"has room for {context - 1:,} and a new one")
     total = 0
     for i in range(arguments.num_samples):
-        tokens = generate(decoder, ids, arguments.max_new_tokens, processor.vocab_size(), processor.eos_id(),
-                          arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed + i)
+        tokens = generate(decoder, ids, arguments.max_new_tokens, processor.vocab_size(),
+                          processor.eos_id(), arguments.temperature, arguments.top_k,
+                          arguments.top_p, arguments.seed + i)
         print(prompt, end="", flush=True)
-        count = -1  # stream yields once more at the end
+        count = -1  # stream yields once more than there are tokens
         for text in stream(processor, ids, tokens):
             print(text, end="", flush=True)
             count += 1
@@ -221,43 +266,56 @@ def continue_prompt(prompt, decoder, processor, arguments):
     return total
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description="Continue a prompt with a trained model.")
-    parser.add_argument("--prompt", help="text to continue; may be empty (default: the lines of standard input)")
-    parser.add_argument("--checkpoint", help="a run, a checkpoint or a Hugging Face directory (default: newest run under out/)")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="stop after so many tokens (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
-    parser.add_argument("--top-k", type=int, default=50, help="draw among so many likeliest tokens; 0: all (%(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest that reach this sum (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
-    parser.add_argument("--num-samples", type=int, default=1, help="continuations, with seeds from --seed on (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "xla"), help="xla is a TPU (default: where there is one)")
+    add = parser.add_argument
+    add("--prompt", help="text to continue; may be empty (default: the lines of standard input)")
+    add("--checkpoint", help="a run, a checkpoint or a Hugging Face directory "
+                             "(default: the newest run under out/)")
+    add("--max-new-tokens", type=int, default=200, help="stop after this many (%(default)s)")
+    add("--temperature", type=float, default=0.8,
+        help="below 1: likely tokens become likelier; 0: always the likeliest (%(default)s)")
+    add("--top-k", type=int, default=50,
+        help="draw among this many likeliest tokens; 0: among all (%(default)s)")
+    add("--top-p", type=float, default=1.0,
+        help="draw among the fewest likeliest tokens that reach this probability (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of the first sample (%(default)s)")
+    add("--num-samples", type=int, default=1,
+        help="continuations of each prompt; their seeds count up from --seed (%(default)s)")
+    add("--device", choices=("cpu", "xla"), help="xla is a TPU (default: a TPU if there is one)")
     arguments = parser.parse_args()
-    if not (arguments.temperature == 0 or 1e-3 <= arguments.temperature <= 1e3):
-        raise UserError(f"--temperature {arguments.temperature}: expected 0, or from 0.001 to 1000")
+    temperature = arguments.temperature
+    if not (temperature == 0 or 1e-3 <= temperature <= 1e3):
+        raise UserError(f"--temperature {temperature}: expected 0, or from 0.001 to 1000")
     if arguments.top_k < 0 or not 0 < arguments.top_p <= 1:
         raise UserError("expected --top-k of at least 0 and --top-p above 0, at most 1")
     if arguments.max_new_tokens < 1 or arguments.num_samples < 1:
         raise UserError("expected --max-new-tokens and --num-samples of at least 1")
     if not 0 <= arguments.seed < arguments.seed + arguments.num_samples <= 2**63:
-        raise UserError("expected a --seed of at least 0, and --seed + --num-samples of at most 2^63")
+        raise UserError("expected a --seed of at least 0, "
+                        "and --seed + --num-samples of at most 2^63")
+    return arguments
+
+
+def main():
+    arguments = parse_arguments()
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
-
     model, processor = load(arguments.checkpoint)
     decoder = Decoder(model, arguments.device or default_device())
     tokens, seconds = 0, 0.0
-    for prompt in [arguments.prompt] if arguments.prompt is not None else prompts():
+    for prompt in [arguments.prompt] if arguments.prompt is not None else read_prompts():
         started = time.perf_counter()
         try:
             tokens += continue_prompt(prompt, decoder, processor, arguments)
         except UserError as error:
             if arguments.prompt is not None or not sys.stdin.isatty():
                 raise
-            print(f"error: {error}", file=sys.stderr)  # at a terminal there is another try
+            print(f"error: {error}", file=sys.stderr)  # on a terminal the user can try again
         seconds += time.perf_counter() - started
     if tokens and sys.stdout and sys.stdout.isatty():
-        print(f"[{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s]", file=sys.stderr)
+        print(f"[{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s]",
+              file=sys.stderr)
 
 
 if __name__ == "__main__":

