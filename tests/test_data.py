@@ -1,4 +1,4 @@
-"""What data.py promises: the order in which windows are read, what is in the shards, and its command line."""
+"""data.py: the order in which windows are read, what is in the shards, and the two commands."""
 import contextlib
 import gzip
 import hashlib
@@ -10,76 +10,84 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import sentencepiece
+from conftest import run, start
 
 import data
-from data import ROUNDS, ShardWriter, Tokens, UserError, check_token_ids, shuffled, window_starts
+from data import ROUNDS, TokenDataset, permute, window_starts
+from nanoxla import shards as shards_module
+from nanoxla.errors import UserError
+from nanoxla.prepare import ShardWriter
+from nanoxla.shards import check_token_ids
 
-ROOT = Path(data.__file__).parent
+# --- the order of the windows -------------------------------------------------------------------
 
-
-def cli(*arguments):
-    return subprocess.run([sys.executable, "data.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60)
-
-
-def error_of(result):
-    """The line that a mistake of the user's ends in."""
-    lines = result.stderr.splitlines() or [""]
-    assert result.returncode == 2 and len(lines) <= 2 and lines[-1].startswith("error: "), result.stderr
-    return lines[-1]
-
-
-# --- the order of the data --------------------------------------------------------------------------------------------
-
-RINGS = [(7, 7), (17, 8), (31, 10), (107, 10), (100_003 * 16 + 5, 16)]  # tokens, context: 1, 2, 3, 10, 100,003 windows
+RINGS = [  # (tokens, context): 1, 2, 3, 10 and 100,003 windows
+    (7, 7), (17, 8), (31, 10), (107, 10), (100_003 * 16 + 5, 16)]
 
 
 def epochs_of(num_tokens, context, seed, count):
     num_windows = num_tokens // context
-    return window_starts(np.arange(count * num_windows), num_tokens, context, seed).reshape(count, num_windows)
+    starts = window_starts(np.arange(count * num_windows), num_tokens, context, seed)
+    return starts.reshape(count, num_windows)
 
 
 def origin_and_order(starts, num_tokens, context):
-    """Undoes the grid of one epoch: it begins after the largest gap, which holds the tokens that make no window."""
+    """Recovers both from one epoch: its grid begins after the largest gap, which holds the tokens
+    that are left over."""
     ascending = np.sort(starts)
-    origin = ascending[np.argmax(np.diff(ascending, prepend=ascending[-1] - num_tokens))]
+    gaps = np.diff(ascending, prepend=ascending[-1] - num_tokens)
+    origin = ascending[np.argmax(gaps)]
     return origin, (starts - origin) % num_tokens // context
+
+
+def test_the_example_at_the_top_of_data_py_is_right():
+    lines = [line.split() for line in data.__doc__.splitlines() if line.startswith("    epoch")]
+    assert len(lines) == 2
+    for starts, (_, epoch, drawing, _, origin, _, *order) in zip(epochs_of(43, 4, 0, 2), lines):
+        found, windows = origin_and_order(starts, 43, 4)
+        assert f"{found}," == origin and list(map(str, windows)) == order, epoch
+        expected = np.full(43, ".")
+        for begin, window in zip(starts, windows):
+            expected[np.arange(begin, begin + 4) % 43] = window
+        assert "".join(expected) == drawing
 
 
 @pytest.mark.parametrize("seed", [0, 1337])
 @pytest.mark.parametrize("num_tokens, context", RINGS)
-def test_each_window_once_an_epoch(num_tokens, context, seed):
+def test_an_epoch_reads_each_window_once(num_tokens, context, seed):
     epochs = epochs_of(num_tokens, context, seed, 3)
     for starts in epochs:
         origin, order = origin_and_order(starts, num_tokens, context)
         assert (np.sort(order) == np.arange(num_tokens // context)).all()
         assert (starts == (origin + order * context) % num_tokens).all()
-    samples = np.arange(epochs.size)[::-1]  # asked for in another order, some batches over the end of an epoch
-    batches = [window_starts(batch, num_tokens, context, seed) for batch in np.array_split(samples, 7) if len(batch)]
+    # The same in batches, last sample first, some of them across the end of an epoch.
+    samples = np.arange(epochs.size)[::-1]
+    batches = [window_starts(batch, num_tokens, context, seed)
+               for batch in np.array_split(samples, 7) if len(batch)]
     assert (np.concatenate(batches)[::-1] == epochs.ravel()).all()
 
 
-def test_every_epoch_has_its_own_order_and_origin_and_so_has_every_seed():
+def test_every_epoch_and_every_seed_has_its_own_order_and_origin():
     num_tokens, context = 10_009, 10
     found = [origin_and_order(starts, num_tokens, context)
              for seed in range(3) for starts in epochs_of(num_tokens, context, seed, 5)]
-    assert len({origin for origin, _ in found}) == len({order.tobytes() for _, order in found}) == 15
+    assert len({origin for origin, _ in found}) == 15
+    assert len({order.tobytes() for _, order in found}) == 15
 
 
 def assert_uniform(counts, freedom):
-    """Pearson's chi-square within five standard deviations: neither lumpy nor suspiciously even."""
+    """Pearson's chi-square is within five standard deviations: neither lumpy nor too even."""
     expected = counts.sum() / counts.size
-    assert abs(((counts - expected) ** 2 / expected).sum() - freedom) < 5 * (2 * freedom) ** 0.5
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -90,117 +98,130 @@ def test_the_order_looks_random(seed):
         _, order = origin_and_order(starts, num_tokens, context)
         early_or_late = np.histogram2d(np.arange(num_windows), order, bins=10)[0]
         assert_uniform(early_or_late, 9 * 9)
-        for lag in (1, 2, 317):  # 317: one row of shuffled's rectangle further
+        for lag in (1, 2, 317):  # 317 windows are a row of permute's rectangle
             steps = (order[lag:] - order[:-lag]) % num_windows
             assert_uniform(np.histogram(steps, bins=100, range=(0, num_windows))[0], 99)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 10, 97, 100, 101, 65_536, 100_003])
-def test_shuffled_is_one_to_one(size):
+def test_permute_is_one_to_one(size):
     keys = np.random.SeedSequence(size).generate_state(ROUNDS, np.uint64)
-    assert (np.sort(shuffled(np.arange(size), size, keys)) == np.arange(size)).all()
+    assert (np.sort(permute(np.arange(size), size, keys)) == np.arange(size)).all()
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading windows ----------------------------------------------------------------------------
 
 CONTEXT = 9
 
 
 @pytest.fixture(params=[[50, 37, 64], [10, 10, 10, 10], [41]], ids=str)
 def shards(request, tmp_path):
-    """The paths of shards of random ids below 1,000, and all their ids."""
-    ids = [np.random.default_rng(size + i).integers(0, 1_000, size) for i, size in enumerate(request.param)]
+    """The paths of shards of random ids below 1,000, and all the ids."""
+    ids = [np.random.default_rng(size + i).integers(0, 1_000, size)
+           for i, size in enumerate(request.param)]
     paths = [tmp_path / f"train_{i:05d}.bin" for i in range(len(ids))]
     for path, shard in zip(paths, ids):
         shard.astype("<u2").tofile(path)
     return paths, np.concatenate(ids)
 
 
-def test_windows_run_over_the_ends_of_shards_and_around_the_ring(shards):
+def test_windows_run_across_shards_and_around_the_ring(shards):
     paths, ids = shards
-    windows = Tokens(paths, CONTEXT, 1_000).read(np.arange(len(ids)))  # from every position there is
+    windows = TokenDataset(paths, CONTEXT, 1_000).read(np.arange(len(ids)))  # from every position
     ring = np.concatenate([ids, ids[:CONTEXT]])
     assert windows.dtype == np.int32 and windows.shape == (len(ids), CONTEXT + 1)
     assert (windows == np.lib.stride_tricks.sliding_window_view(ring, CONTEXT + 1)).all()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_same_data_on_any_number_of_cores(shards, world_size):
-    tokens = Tokens(shards[0], CONTEXT, 1_000)
-    for step in (7, 0, 2, 0):  # in any order, more than once, over the ends of epochs
+def test_any_number_of_cores_reads_the_same_data(shards, world_size):
+    dataset = TokenDataset(shards[0], CONTEXT, 1_000)
+    for step in (7, 0, 2, 0):  # in any order, repeatedly, across the ends of epochs
         samples = np.arange(step * 16, step * 16 + 16)
-        expected = Tokens(shards[0], CONTEXT, 1_000).read(window_starts(samples, tokens.num_tokens, CONTEXT, seed=3))
-        batch = [tokens.train_batch(step, 16, 3, rank, world_size) for rank in range(world_size)]
-        assert (np.concatenate(batch) == expected).all() and {len(share) for share in batch} == {16 // world_size}
+        expected = dataset.read(window_starts(samples, dataset.num_tokens, CONTEXT, seed=3))
+        shares = [dataset.batch(step, 16, 3, rank, world_size) for rank in range(world_size)]
+        assert (np.concatenate(shares) == expected).all()
+        assert {len(share) for share in shares} == {16 // world_size}
 
 
-def test_fixed_windows_are_spread_evenly(shards):
-    tokens = Tokens(shards[0], CONTEXT, 1_000)
-    available = (tokens.num_tokens - 1) // CONTEXT
+def test_validation_windows_are_fixed_and_spread_evenly(shards):
+    dataset = TokenDataset(shards[0], CONTEXT, 1_000)
+    available = (dataset.num_tokens - 1) // CONTEXT
     for count in range(1, available + 1):
-        starts = tokens.fixed_windows(count)
-        assert (starts == Tokens(shards[0], CONTEXT, 1_000).fixed_windows(count)).all()
-        assert starts[0] == 0 and starts[-1] + CONTEXT < tokens.num_tokens and (starts % CONTEXT == 0).all()
+        starts = dataset.fixed_windows(count)
+        assert (starts == TokenDataset(shards[0], CONTEXT, 1_000).fixed_windows(count)).all()
+        assert starts[0] == 0 and starts[-1] + CONTEXT < dataset.num_tokens
+        assert len(starts) == count and (starts % CONTEXT == 0).all()
         gaps = np.diff(starts, append=available * CONTEXT) // CONTEXT
-        assert len(starts) == count and gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
-    with pytest.raises(UserError, match=f"{available + 1} windows and .* has {available} for validation"):
-        tokens.fixed_windows(available + 1)
+        assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+    with pytest.raises(UserError, match=f"{available + 1} windows, and .* has {available} for val"):
+        dataset.fixed_windows(available + 1)
 
 
 READ_MUCH = """
 import re, sys, data
 from pathlib import Path
 
-def anonymous_megabytes():  # without the pages of the files, which the kernel takes back at will
-    return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+def anonymous_megabytes():  # without the pages of files, which the kernel can drop
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", status)[1]) / 1024
 
 before = anonymous_megabytes()
-tokens = data.Tokens(sorted(Path(sys.argv[1]).iterdir()), context=128, vocab_size=100)
-assert tokens.num_tokens == 10**10
-print(max(anonymous_megabytes() for step in range(1_000) if len(tokens.train_batch(step, 32, 0, 0, 1))) - before)
+dataset = data.TokenDataset(sorted(Path(sys.argv[1]).iterdir()), context=128, vocab_size=100)
+assert dataset.num_tokens == 10**10
+print(max(anonymous_megabytes() for step in range(1_000)
+          if len(dataset.batch(step, 32, 0, 0, 1))) - before)
 """
 
 
 def test_ten_billion_tokens_need_no_more_memory(tmp_path):
     for i in range(10):
         (tmp_path / f"{i}.bin").touch()
-        os.truncate(tmp_path / f"{i}.bin", 2 * 10**9)  # sparse: takes no space on the disk
-    result = subprocess.run([sys.executable, "-c", READ_MUCH, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0 and float(result.stdout) < 100, result.stderr
+        os.truncate(tmp_path / f"{i}.bin", 2 * 10**9)  # sparse: it takes no space on the disk
+    code, out, err = run("-c", READ_MUCH, tmp_path)
+    assert code == 0 and float(out) < 100, err
 
 
-def test_a_shard_that_holds_no_window_is_refused(tmp_path):
+def test_a_shard_shorter_than_a_window_is_refused(tmp_path):
     np.zeros(CONTEXT, "<u2").tofile(tmp_path / "a.bin")
-    with pytest.raises(UserError, match=r"a\.bin holds 9 tokens; a window of context=9 needs 10"):
-        Tokens([tmp_path / "a.bin"], CONTEXT, 100)
+    message = r"a\.bin holds 9 tokens; a window of context=9 needs 10"
+    with pytest.raises(UserError, match=message):
+        TokenDataset([tmp_path / "a.bin"], CONTEXT, 100)
 
 
-@pytest.mark.parametrize("names, start, offset", [("ab", 47, 6), ("ab", 45, 0), ("ba", 57, 6), ("ab", None, 6)],
-                         ids=["next shard", "start of the next shard", "around the ring", "check_token_ids"])
-def test_an_id_outside_the_vocabulary_is_named_with_its_place(tmp_path, monkeypatch, names, start, offset):
-    def look(paths, vocab_size):
-        return Tokens(paths, CONTEXT, vocab_size).read(np.array([20, start])) if start else check_token_ids(paths, vocab_size)
+@pytest.mark.parametrize("names, position, offset", [
+    ("ab", 47, 6), ("ab", 45, 0), ("ba", 57, 6), ("ab", None, 6)],
+    ids=["next shard", "start of the next shard", "around the ring", "check_token_ids"])
+def test_an_id_outside_the_vocabulary_is_located(tmp_path, monkeypatch, names, position, offset):
+    def read(paths, vocab_size):
+        if position is None:
+            return check_token_ids(paths, vocab_size)
+        return TokenDataset(paths, CONTEXT, vocab_size).read(np.array([20, position]))
 
-    monkeypatch.setattr(data, "SCAN_TOKENS", 3)  # so that it lies in a later piece of the scan
+    monkeypatch.setattr(shards_module, "SCAN_TOKENS", 3)  # so it is not in the first piece
     np.full(50, 499, "<u2").tofile(tmp_path / "a.bin")
     np.where(np.arange(10) == offset, 500, 0).astype("<u2").tofile(tmp_path / "b.bin")
     paths = [tmp_path / f"{name}.bin" for name in names]
-    look(paths, 501)
-    where = rf"b\.bin holds token id 500 at token {offset} \(byte {2 * offset}\); ids must be below vocab_size=500"
-    with pytest.raises(UserError, match=where):
-        look(paths, 500)
+    read(paths, 501)
+    message = (rf"b\.bin holds token id 500 at token {offset} \(byte {2 * offset}\); "
+               "ids must be below vocab_size=500")
+    with pytest.raises(UserError, match=message):
+        read(paths, 500)
 
 
-# --- prepare ----------------------------------------------------------------------------------------------------------
+# --- prepare ------------------------------------------------------------------------------------
 
 
 def make_documents():
-    """1,000 distinct documents of an invented language, 2 MB, with everything in them that a tokenizer could spoil."""
+    """1,000 different documents of an invented language, 2 MB, with everything in them that a
+    tokenizer could spoil."""
     rng = random.Random(0)
-    syllables = ["the", "an", "ing", "er", "on", "re", "st", "in", "al", "ed", "or", "ou", "en", "at", "m", "b"]
+    syllables = "the an ing er on re st in al ed or ou en at m b".split()
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(1_000)]
-    after = [" "] * 40 + [". ", ", ", "\n", "\n\n", "\r\n", "\t", "  ", " 😀", " 1972 ", " naïve 中文 ", "\n    "]
-    return ["".join(word + rng.choice(after) for word in rng.choices(words, k=300)) for _ in range(1_000)]
+    after = [" "] * 40 + [". ", ", ", "\n", "\n\n", "\r\n", "\t", "  ", " 😀", " 1972 ",
+                          " naïve 中文 ", "\n    "]
+    return ["".join(word + rng.choice(after) for word in rng.choices(words, k=300))
+            for _ in range(1_000)]
 
 
 DOCUMENTS = make_documents()
@@ -219,72 +240,84 @@ def write(path, content):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A directory with the documents in every format, a tokenizer trained on them, and `out` prepared from texts/."""
+    """A directory with the documents in every format, a tokenizer trained on them, and `out`
+    prepared from texts/."""
     path = tmp_path_factory.mktemp("corpus")
     blank = " \n\n"  # not a document
     for i, text in enumerate([*DOCUMENTS, blank]):
         write(path / "texts" / f"{i // 500}" / f"{i:04d}.txt", text.encode())
-    lines = [json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate([*DOCUMENTS, blank])]
+    lines = [json.dumps({"id": i, "text": text}) + "\n"
+             for i, text in enumerate([*DOCUMENTS, blank])]
     (path / "docs.jsonl").write_text("".join(lines) + "\n")
     (path / "docs.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), 1))
     (path / "docs.parquet").write_bytes(parquet(body=[*DOCUMENTS, blank, None]))
     (path / "twice.jsonl").write_text("".join(lines[::-1] * 2))
-    (path / "big.jsonl").write_text("".join(lines * 12))  # seconds of work: time to be interrupted in
-    result = prepare(path, "texts", path / "out", "--vocab-size", 400)
-    assert "tok.model: 400 tokens" in result.stdout
+    (path / "big.jsonl").write_text("".join(lines * 12))  # takes seconds: time to interrupt it
+    out = prepare(path, "texts", path / "out", "--vocab-size", 400)
+    assert "tok.model: 400 tokens" in out
     return path
 
 
 def command(corpus, source, out, *options):
-    return ["prepare", "--input", corpus / source, "--tokenizer", corpus / "tok.model", "--out", out,
-            "--val-fraction", 0.1, *options]
+    return ["prepare", "--input", corpus / source, "--tokenizer", corpus / "tok.model",
+            "--out", out, "--val-fraction", 0.1, *options]
 
 
 def prepare(corpus, source, out, *options):
-    result = cli(*command(corpus, source, out, *options))
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"tokens in [\d.]+ s, [\d,]+ tokens/s with \d+ processes", result.stdout)
+    """Runs the real command, and returns its stdout."""
+    code, printed, err = run("data.py", *command(corpus, source, out, *options))
+    assert code == 0, err
+    assert re.search(r"tokens in [\d.]+ s, [\d,]+ tokens/s with \d+ processes", printed)
     assert_complete(out)
-    return result
+    return printed
 
 
 def assert_complete(out):
-    """meta.json is true of every file, and there is no other."""
+    """meta.json describes every file, and there is no other."""
     meta = json.loads((out / "meta.json").read_text())
     entries = [shard for split in meta["splits"].values() for shard in split["shards"]]
-    assert {path.name for path in out.iterdir()} == {"meta.json", "tokenizer.model"} | {entry["file"] for entry in entries}
-    assert all((out / entry["file"]).stat().st_size == 2 * entry["tokens"] for entry in entries)
-    assert hashlib.sha256((out / "tokenizer.model").read_bytes()).hexdigest() == meta["tokenizer_sha256"]
+    expected = {"meta.json", "tokenizer.model"} | {entry["file"] for entry in entries}
+    assert {path.name for path in out.iterdir()} == expected
+    for entry in entries:
+        assert (out / entry["file"]).stat().st_size == 2 * entry["tokens"]
+    tokenizer = (out / "tokenizer.model").read_bytes()
+    assert hashlib.sha256(tokenizer).hexdigest() == meta["tokenizer_sha256"]
     for split, entry in meta["splits"].items():
-        ids = stream(out, split)
+        ids = all_ids(out, split)
         assert len(ids) == entry["tokens"] and ids.max() < meta["vocab_size"]
         assert entry["documents"] == (ids == meta["bos_id"]).sum() == (ids == meta["eos_id"]).sum()
     assert not out.with_name(out.name + ".partial").exists()
 
 
-def stream(out, split):
+def all_ids(out, split):
     return np.concatenate([np.fromfile(path, "<u2") for path in sorted(out.glob(f"{split}_*.bin"))])
 
 
-def contents(out):
+def checksums(out):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
 
 
+def load_processor(out):
+    return sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+
+
 def decoded(out, split):
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
-    ids = stream(out, split)
-    return processor.decode([piece[1:-1].tolist() for piece in np.split(ids, np.flatnonzero(ids == processor.bos_id())[1:])])
+    """The texts of the documents in a split."""
+    processor, ids = load_processor(out), all_ids(out, split)
+    pieces = np.split(ids, np.flatnonzero(ids == processor.bos_id())[1:])
+    return processor.decode([piece[1:-1].tolist() for piece in pieces])
 
 
 def test_documents_are_bos_ids_eos_and_decode_to_themselves(corpus):
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(corpus / "tok.model"))
+    processor = load_processor(corpus / "out")
     entries = json.loads((corpus / "out" / "meta.json").read_text())["splits"]
     for split in ("train", "val"):
         texts = decoded(corpus / "out", split)
         assert texts == [text for text in DOCUMENTS if text in set(texts)]
         assert entries[split]["bytes"] == sum(len(text.encode()) for text in texts)
-        expected = [[processor.bos_id(), *processor.encode(text), processor.eos_id()] for text in texts]
-        assert stream(corpus / "out", split).tolist() == list(itertools.chain(*expected))
+        expected = [[processor.bos_id(), *processor.encode(text), processor.eos_id()]
+                    for text in texts]
+        assert all_ids(corpus / "out", split).tolist() == list(itertools.chain(*expected))
 
 
 def test_the_split_is_by_document_and_equal_texts_go_together(corpus, tmp_path):
@@ -295,48 +328,53 @@ def test_the_split_is_by_document_and_equal_texts_go_together(corpus, tmp_path):
     assert set(decoded(tmp_path / "out", "val")) == val
 
 
-@pytest.mark.parametrize("source, options", [("docs.jsonl", ("--processes", 1)), ("docs.jsonl.gz", ("--processes", 3)),
-                                             ("docs.parquet", ("--text-key", "body"))])
-def test_shards_do_not_depend_on_format_or_processes(corpus, tmp_path, source, options):
+@pytest.mark.parametrize("source, options", [
+    ("docs.jsonl", ("--processes", 1)), ("docs.jsonl.gz", ("--processes", 3)),
+    ("docs.parquet", ("--text-key", "body"))])
+def test_shards_depend_neither_on_the_format_nor_on_the_processes(corpus, tmp_path, source,
+                                                                  options):
     prepare(corpus, source, tmp_path / "out", *options)
-    assert contents(tmp_path / "out") == contents(corpus / "out")
+    assert checksums(tmp_path / "out") == checksums(corpus / "out")
 
 
-def test_shard_tokens_cuts_the_same_stream(corpus, tmp_path):
+def test_shard_tokens_cuts_the_same_ids(corpus, tmp_path):
     prepare(corpus, "docs.jsonl", tmp_path / "out", "--shard-tokens", 100_000)
     sizes = [path.stat().st_size // 2 for path in sorted((tmp_path / "out").glob("train_*.bin"))]
     assert len(sizes) > 3 and set(sizes[:-1]) == {100_000}
     for split in ("train", "val"):
-        assert (stream(tmp_path / "out", split) == stream(corpus / "out", split)).all()
+        assert (all_ids(tmp_path / "out", split) == all_ids(corpus / "out", split)).all()
 
 
-@pytest.mark.parametrize("total, sizes", [(1_000, [1_000]), (2_009, [1_000, 1_009]), (2_010, [1_000, 1_000, 10])])
-def test_a_rest_below_a_hundredth_stays_with_the_last_shard(tmp_path, total, sizes):
+@pytest.mark.parametrize("total, sizes", [
+    (1_000, [1_000]), (2_009, [1_000, 1_009]), (2_010, [1_000, 1_000, 10])])
+def test_a_rest_below_a_hundredth_joins_the_last_shard(tmp_path, total, sizes):
     writer, ids = ShardWriter(tmp_path, "train", 1_000), np.arange(total, dtype="<u2")
     for piece in np.array_split(ids, 7):
         writer.append(piece)
     assert [shard["tokens"] for shard in writer.close()["shards"]] == sizes
-    assert (stream(tmp_path, "train") == ids).all()
+    assert (all_ids(tmp_path, "train") == ids).all()
 
 
-def test_shards_that_prepare_wrote_are_not_read_again(corpus, tmp_path):
+def test_shards_written_by_prepare_are_not_scanned_again(corpus, tmp_path):
     shutil.copytree(corpus / "out", tmp_path / "out")
     paths = sorted((tmp_path / "out").glob("*.bin"))
     with paths[0].open("r+b") as file:
         file.write(np.array([60_000], "<u2").tobytes())
-    check_token_ids(paths, 400)  # does not notice, so has not read
+    check_token_ids(paths, 400)  # does not notice: it has not read the shard
     with pytest.raises(UserError, match="60000 at token 0 "):
-        check_token_ids(paths, 399)  # a smaller vocabulary than prepare's: has to look
+        check_token_ids(paths, 399)  # a smaller vocabulary than prepare's: it has to look
     os.truncate(paths[0], paths[0].stat().st_size - 2)
     with pytest.raises(UserError, match="60000 at token 0 "):
         check_token_ids(paths, 400)  # no longer the file that prepare wrote
 
 
+# --- prepare, interrupted -----------------------------------------------------------------------
+
+
 @pytest.fixture
-def under_way(corpus, tmp_path):
+def running(corpus, tmp_path):
     """A `prepare` into tmp_path/out that is at work, in a process group of its own."""
-    process = subprocess.Popen([sys.executable, "data.py", *map(str, command(corpus, "big.jsonl", tmp_path / "out"))],
-                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = start("data.py", *command(corpus, "big.jsonl", tmp_path / "out"))
     yield process
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -350,24 +388,29 @@ def wait_for(path, process):
 
 
 @pytest.mark.parametrize("kill", [os.killpg, os.kill], ids=["all of it", "the first process"])
-def test_a_killed_prepare_leaves_nothing_that_looks_complete(corpus, tmp_path, under_way, kill):
-    wait_for(tmp_path / "out.partial" / "train_00000.bin", under_way)
-    kill(under_way.pid, signal.SIGKILL)
-    under_way.communicate(timeout=5)  # until the last of its processes is gone
+def test_a_killed_prepare_leaves_nothing_that_looks_complete(corpus, tmp_path, running, kill):
+    wait_for(tmp_path / "out.partial" / "train_00000.bin", running)
+    kill(running.pid, signal.SIGKILL)
+    running.communicate(timeout=5)  # returns when the last of its processes is gone
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
     prepare(corpus, "docs.jsonl", tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(corpus / "out")
+    assert checksums(tmp_path / "out") == checksums(corpus / "out")
 
 
-@pytest.mark.parametrize("begun, delay", [("out.partial", 0.1), ("out.partial/train_00000.bin", 0)],
-                         ids=["while the other processes start", "while they encode"])
-def test_ctrl_c_leaves_nothing(tmp_path, under_way, begun, delay):
-    wait_for(tmp_path / begun, under_way)
+@pytest.mark.parametrize("begun, delay", [
+    ("out.partial", 0.1), ("out.partial/train_00000.bin", 0)],
+    ids=["while the other processes start", "while they encode"])
+def test_ctrl_c_leaves_nothing(tmp_path, running, begun, delay):
+    wait_for(tmp_path / begun, running)
     time.sleep(delay)
-    os.killpg(under_way.pid, signal.SIGINT)  # as a terminal does
-    _, stderr = under_way.communicate(timeout=20)
-    assert under_way.returncode == 130 and stderr.splitlines()[-1] == "interrupted" and "Traceback" not in stderr
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    _, err = running.communicate(timeout=20)
+    assert running.returncode == 130
+    assert err.splitlines()[-1] == "interrupted" and "Traceback" not in err
     assert os.listdir(tmp_path) == []
+
+
+# --- prepare, with mistakes ---------------------------------------------------------------------
 
 
 def damaged(content):
@@ -378,48 +421,87 @@ def damaged(content):
 NOISE = random.Random(0).randbytes(3_000).hex()
 LINE = json.dumps({"text": NOISE}).encode() + b"\n"
 TRAIN = " --tokenizer DIR/new.model --vocab-size"
+ALL_SUFFIXES = ".txt .jsonl .jsonl.gz .parquet"
 MISTAKES = {  # what: (file in DIR, its content, options, a part of the message)
     "missing input": ("a.txt", b"x", "--input DIR/b.txt", "--input DIR/b.txt does not exist"),
-    "unknown suffix": ("a.doc", b"x", "--input DIR/a.doc", "DIR/a.doc: expected one of .txt .jsonl .jsonl.gz .parquet"),
-    "no texts": ("sub/a.md", b"x", "--input DIR/sub", "no .txt .jsonl .jsonl.gz .parquet file in DIR/sub"),
-    "not UTF-8": ("a.txt", b"abc\xff", "--input DIR/a.txt", "DIR/a.txt is not UTF-8: byte 0xff at offset 3"),
-    "not JSON": ("a.jsonl", LINE + b"{\n", "--input DIR/a.jsonl", "DIR/a.jsonl:2 is not a JSON object"),
-    "no key": ("a.jsonl", LINE, "--input DIR/a.jsonl --text-key k", "DIR/a.jsonl:1: expected a JSON object whose 'k' is a str"),
-    "no string": ("a.jsonl", LINE + b'{"text": 3}', "--input DIR/a.jsonl", "DIR/a.jsonl:2: expected a JSON object whose"),
-    "half a character": ("a.jsonl", b'{"text": "\\ud83d"}', "--input DIR/a.jsonl", "DIR/a.jsonl:1 is not a JSON object"),
-    "cut gzip": ("a.jsonl.gz", gzip.compress(LINE)[:-20], "--input DIR/a.jsonl.gz", "DIR/a.jsonl.gz is not a whole gzip file"),
-    "damaged gzip": ("a.jsonl.gz", damaged(gzip.compress(LINE)), "--input DIR/a.jsonl.gz", "DIR/a.jsonl.gz"),
-    "no column": ("a.parquet", parquet(k=["x"]), "--input DIR/a.parquet", "DIR/a.parquet has no column 'text' of strings"),
-    "column of numbers": ("a.parquet", parquet(text=[1, 2]), "--input DIR/a.parquet", "DIR/a.parquet"),
-    "cut parquet": ("a.parquet", parquet(text=["x"])[:-9], "--input DIR/a.parquet", "DIR/a.parquet is not a readable parquet"),
-    "damaged parquet": ("a.parquet", damaged(parquet(text=[NOISE])), "--input DIR/a.parquet", "DIR/a.parquet"),
-    "--out in use": ("full/a", b"", "--out DIR/full", "--out DIR/full exists and is not an empty directory"),
-    "no tokenizer": ("a.txt", b"x", "--tokenizer DIR/no.model", "DIR/no.model does not exist; give --vocab-size to train"),
-    "not a tokenizer": ("a.txt", b"x", "--tokenizer DIR/a.txt", "DIR/a.txt is not a SentencePiece model"),
-    "another vocabulary": ("a.txt", b"x", "--vocab-size 500", "tok.model exists with 400 tokens and --vocab-size says 500"),
-    "over uint16": ("a.txt", b"x", TRAIN + " 65537", "--vocab-size 65,537 does not fit uint16 shards; expected 1 to 65,536"),
-    "over the text": ("a.txt", b"x", TRAIN + " 60000", "a vocabulary of 60,000 could not be trained on this text"),
-    "not JSON, training": ("a.jsonl", LINE + b"{\n", "--input DIR/a.jsonl" + TRAIN + " 400", "DIR/a.jsonl:2 is not a JSON"),
+    "unknown suffix": ("a.doc", b"x", "--input DIR/a.doc",
+                       f"DIR/a.doc: expected one of {ALL_SUFFIXES}"),
+    "no texts": ("sub/a.md", b"x", "--input DIR/sub", f"no {ALL_SUFFIXES} file in DIR/sub"),
+    "not UTF-8": ("a.txt", b"abc\xff", "--input DIR/a.txt",
+                  "DIR/a.txt is not UTF-8: byte 0xff at offset 3"),
+    "not JSON": ("a.jsonl", LINE + b"{\n", "--input DIR/a.jsonl",
+                 "DIR/a.jsonl:2 is not a JSON object"),
+    "no key": ("a.jsonl", LINE, "--input DIR/a.jsonl --text-key k",
+               "DIR/a.jsonl:1: expected a JSON object whose 'k' is a str"),
+    "no string": ("a.jsonl", LINE + b'{"text": 3}', "--input DIR/a.jsonl",
+                  "DIR/a.jsonl:2: expected a JSON object whose"),
+    "half a character": ("a.jsonl", b'{"text": "\\ud83d"}', "--input DIR/a.jsonl",
+                         "DIR/a.jsonl:1 is not a JSON object"),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(LINE)[:-20], "--input DIR/a.jsonl.gz",
+                 "DIR/a.jsonl.gz is not a complete gzip file"),
+    "damaged gzip": ("a.jsonl.gz", damaged(gzip.compress(LINE)), "--input DIR/a.jsonl.gz",
+                     "DIR/a.jsonl.gz"),
+    "no column": ("a.parquet", parquet(k=["x"]), "--input DIR/a.parquet",
+                  "DIR/a.parquet has no column 'text' of strings"),
+    "column of numbers": ("a.parquet", parquet(text=[1, 2]), "--input DIR/a.parquet",
+                          "DIR/a.parquet"),
+    "cut parquet": ("a.parquet", parquet(text=["x"])[:-9], "--input DIR/a.parquet",
+                    "DIR/a.parquet is not a readable parquet"),
+    "damaged parquet": ("a.parquet", damaged(parquet(text=[NOISE])), "--input DIR/a.parquet",
+                        "DIR/a.parquet"),
+    "--out in use": ("full/a", b"", "--out DIR/full",
+                     "--out DIR/full exists and is not an empty directory"),
+    "no tokenizer": ("a.txt", b"x", "--tokenizer DIR/no.model",
+                     "DIR/no.model does not exist; give --vocab-size to train"),
+    "not a tokenizer": ("a.txt", b"x", "--tokenizer DIR/a.txt",
+                        "DIR/a.txt is not a SentencePiece model"),
+    "another vocabulary": ("a.txt", b"x", "--vocab-size 500",
+                           "tok.model exists with 400 tokens and --vocab-size says 500"),
+    "over uint16": ("a.txt", b"x", TRAIN + " 65537",
+                    "--vocab-size 65,537 does not fit uint16 shards; expected 1 to 65,536"),
+    "over the text": ("a.txt", b"x", TRAIN + " 60000",
+                      "a vocabulary of 60,000 could not be trained on this text"),
+    "not JSON, training": ("a.jsonl", LINE + b"{\n", "--input DIR/a.jsonl" + TRAIN + " 400",
+                           "DIR/a.jsonl:2 is not a JSON"),
     "empty, training": ("a.txt", b"", "--input DIR/a.txt" + TRAIN + " 400", "error: "),
-    "--val-fraction 0": ("a.txt", b"x", "--val-fraction 0", "--val-fraction 0.0: expected a number between 0 and 1"),
-    "no val document": ("a.txt", b"x", "--val-fraction 1e-9", "no document fell into the val split: 1 documents with text"),
-    "no document": ("a.txt", b" \n", "--input DIR/a.txt", "no document fell into the train split: 0 documents with text"),
+    "--val-fraction 0": ("a.txt", b"x", "--val-fraction 0",
+                         "--val-fraction 0.0: expected a number between 0 and 1"),
+    "no val document": ("a.txt", b"x", "--val-fraction 1e-9",
+                        "no document fell into the val split: 1 documents with text"),
+    "no document": ("a.txt", b" \n", "--input DIR/a.txt",
+                    "no document fell into the train split: 0 documents with text"),
 }
 
 
+def error_in(err):
+    """The line on stderr that explains the mistake. A line of progress may come before it."""
+    lines = err.splitlines()
+    assert len(lines) <= 2 and lines[-1].startswith("error: "), err
+    return lines[-1]
+
+
 @pytest.mark.parametrize("what", MISTAKES)
-def test_prepare_explains_a_mistake_and_leaves_nothing(corpus, tmp_path, what):
-    name, content, options, message = (part.replace("DIR", str(tmp_path)) if isinstance(part, str) else part
-                                       for part in MISTAKES[what])
+def test_prepare_explains_a_mistake_and_leaves_nothing(corpus, tmp_path, mistake, what):
+    parts = [part.replace("DIR", str(tmp_path)) if isinstance(part, str) else part
+             for part in MISTAKES[what]]
+    name, content, options, message = parts
     write(tmp_path / name, content)
     write(tmp_path / "good.txt", b"the one text\n")
-    result = cli(*command(corpus, tmp_path / "good.txt", tmp_path / "out", *options.split()))
-    assert message in error_of(result)
-    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {tmp_path / name, tmp_path / "good.txt"}
+    arguments = command(corpus, tmp_path / "good.txt", tmp_path / "out", *options.split())
+    assert message in error_in(mistake(data.main, *arguments)[1])
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {tmp_path / name, tmp_path / "good.txt"}
     assert not list(tmp_path.glob("out*"))
 
 
-# --- inspect ----------------------------------------------------------------------------------------------------------
+def test_the_real_command_explains_a_mistake_of_a_worker_process(corpus, tmp_path):
+    write(tmp_path / "a.jsonl", LINE + b"{\n")
+    code, out, err = run("data.py", *command(corpus, tmp_path / "a.jsonl", tmp_path / "out"))
+    assert code == 2 and f"{tmp_path}/a.jsonl:2 is not a JSON object" in error_in(err)
+    assert out == "" and not list(tmp_path.glob("out*"))
+
+
+# --- inspect ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content, options, message", [
@@ -429,21 +511,23 @@ def test_prepare_explains_a_mistake_and_leaves_nothing(corpus, tmp_path, what):
     (b"123", "DIR/a.bin", "DIR/a.bin has an odd number of bytes (3)"),
     (b"1234", "DIR --context 0", "--context"),
 ])
-def test_inspect_explains_a_mistake(tmp_path, content, options, message):
+def test_inspect_explains_a_mistake(tmp_path, mistake, content, options, message):
     if content is not None:
         write(tmp_path / "a.bin", content)
-    result = cli("inspect", *options.replace("DIR", str(tmp_path)).split())
-    assert message.replace("DIR", str(tmp_path)) in error_of(result)
+    arguments = options.replace("DIR", str(tmp_path)).split()
+    _, err = mistake(data.main, "inspect", *arguments)
+    assert message.replace("DIR", str(tmp_path)) in error_in(err)
 
 
 def test_inspect_reports_what_is_in_the_shards(corpus):
-    result = cli("inspect", corpus / "out", "--context", 100)
-    assert result.returncode == 0 and "WARNING" not in result.stdout
+    code, printed, err = run("data.py", "inspect", corpus / "out", "--context", 100)
+    assert code == 0 and "WARNING" not in printed, err
     for split in ("train", "val"):
-        ids, documents = stream(corpus / "out", split), len(decoded(corpus / "out", split))
-        row = f"{split}_00000.bin {len(ids):,} {ids.min()} - {ids.max()} {documents:,} {len(ids) // 100:,}"
-        assert row in re.sub(" +", " ", result.stdout)
-    assert f"begins: {DOCUMENTS[0][:20]!r}"[:-1] in result.stdout
+        ids, documents = all_ids(corpus / "out", split), len(decoded(corpus / "out", split))
+        row = (f"{split}_00000.bin {len(ids):,} {ids.min()} - {ids.max()} {documents:,} "
+               f"{len(ids) // 100:,}")
+        assert row in re.sub(" +", " ", printed)
+    assert f"begins: {DOCUMENTS[0][:20]!r}"[:-1] in printed
 
 
 IDS = np.array([1, 5, 399, 2], "<u2")
@@ -451,14 +535,18 @@ IDS = np.array([1, 5, 399, 2], "<u2")
 
 @pytest.mark.parametrize("content, options, warning", [
     (IDS.tobytes(), (), None),
-    (IDS.tobytes(), ("--vocab-size", 399), r"a\.bin holds token id 399 at token 2 \(byte 4\); .* vocab_size=399"),
-    (IDS.astype("<u4").tobytes(), (), r"a\.bin: every second id is 0; these look like 32-bit ids"),
+    (IDS.tobytes(), ("--vocab-size", "399"),
+     r"a\.bin holds token id 399 at token 2 \(byte 4\); .* vocab_size=399"),
+    (IDS.astype("<u4").tobytes(), (),
+     r"a\.bin: every second id is 0; these look like 32-bit ids"),
     (b"\x93NUMPY" + IDS.tobytes(), (), r"a\.bin: this is a \.npy file"),
     (np.array([20240520, 1], "<i4").tobytes() + IDS.tobytes(), (), r"a\.bin: .* header of llm\.c"),
 ], ids=["nothing", "an id over the vocabulary", "32-bit ids", "a .npy file", "llm.c"])
-def test_inspect_warns_of(tmp_path, content, options, warning):
+def test_inspect_warns_of(tmp_path, monkeypatch, capsys, content, options, warning):
     write(tmp_path / "a.bin", content)
-    result = cli("inspect", tmp_path, *options)
-    assert result.returncode == 0 and "1 shards" in result.stdout
-    warnings = [line for line in result.stdout.splitlines() if line.startswith("WARNING: ")]
-    assert len(warnings) == bool(warning) and re.search(warning or "", "".join(warnings))
+    monkeypatch.setattr(sys, "argv", ["data.py", "inspect", str(tmp_path), *options])
+    data.main()
+    printed = capsys.readouterr().out
+    warnings = [line for line in printed.splitlines() if line.startswith("WARNING: ")]
+    assert "1 shards" in printed and len(warnings) == bool(warning)
+    assert re.search(warning or "", "".join(warnings))
