@@ -2,6 +2,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 import torch_xla
-from nanoxla.tokenizer import train_tokenizer
 
 from model import Llama
 from nanoxla import checkpoint
 from nanoxla.errors import run_command
+from nanoxla.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)  # the workers of pytest-xdist share the processors
 torch_xla.device()  # autograd counts the devices at its first backward: the XLA device must exist
@@ -49,6 +50,17 @@ def start(*command, **options):
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             start_new_session=True, **options)
+
+
+def wait_for_line(process, beginning):
+    """Reads the output of a started process until a line begins like this."""
+    assert any(line.startswith(beginning) for line in process.stdout), process.stderr.read()
+
+
+def ended(process):
+    """(exit code, stdout, stderr) of a started process, when nothing holds its pipes any more."""
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
 
 
 @pytest.fixture
@@ -124,15 +136,25 @@ def tiny(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
+AS_UNINTERRUPTED = "--log_every=2", "--checkpoint_every=4"
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(tiny, tmp_path_factory):
     """The out_dir of a run of the real command that nothing interrupted."""
     out_dir = tmp_path_factory.mktemp("uninterrupted")
-    code, out, err = run("train.py", tiny, f"--out_dir={out_dir}", "--log_every=2",
-                         "--checkpoint_every=4")
+    code, out, err = run("train.py", tiny, f"--out_dir={out_dir}", *AS_UNINTERRUPTED)
     assert code == 0, err
     (out_dir / "stdout").write_text(out)
     return out_dir
+
+
+@pytest.fixture
+def cut_short(uninterrupted, tmp_path):
+    """A copy of that out_dir, as a kill after step 11 would leave it: without step 12."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000012")
+    return tmp_path / "run"
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from conftest import ROOT, rows, write_tiny
+from conftest import ROOT, rows, train_here, write_tiny
 
 from nanoxla.checkpoint import list_checkpoints, verify
 from nanoxla.progress import Progress
@@ -84,13 +84,10 @@ def kill_and_resume(kills, seed):
         directory = Path(name)
         config = write_tiny(directory, max_steps=STEPS, micro_batch_size=16, checkpoint_every=1,
                             eval_every=10)
-        command = [sys.executable, "train.py", config,
-                   f"--out_dir={directory / 'uninterrupted'}"]
-        assert not run_until(command, directory / "printed", never)
-        expected, finished = outcome(directory / "uninterrupted"), 0
-        out_dir = directory / "out"
-        command[-1] = f"--out_dir={out_dir}"
-        survived, newest, unfinished = 0, "", True
+        train_here(config, f"--out_dir={directory / 'uninterrupted'}")
+        expected, out_dir = outcome(directory / "uninterrupted"), directory / "out"
+        command = [sys.executable, "train.py", config, f"--out_dir={out_dir}"]
+        survived, finished, newest, unfinished = 0, 0, "", True
         while survived < kills or unfinished:
             killed = run_until(command, directory / "printed",
                                random_instant(rng) if survived < kills else never)

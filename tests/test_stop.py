@@ -1,0 +1,200 @@
+"""Stopping a run, and what happens when a core fails."""
+import os
+import re
+import signal
+import time
+
+import pytest
+from conftest import ROOT, ended, run, start, train_here, wait_for_line
+from kill_and_resume import outcome
+
+from nanoxla.checkpoint import list_checkpoints, verify
+
+# --- stopping a run -----------------------------------------------------------------------------
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+import nanoxla.saver, train
+from nanoxla.errors import run_command
+
+def slow(function, name):
+    def announced(*arguments):
+        print(name, flush=True)
+        time.sleep(1)
+        result = function(*arguments)
+        print(name, "ends", flush=True)
+        return result
+    return announced
+
+train.evaluate = slow(train.evaluate, "evaluation")
+nanoxla.saver.write = slow(nanoxla.saver.write, "save")
+if __name__ == "__main__":
+    run_command(train.main)
+"""
+
+
+def test_a_run_stopped_in_every_way_ends_like_an_uninterrupted_one(tiny, tmp_path):
+    """Each stop saves, says how to go on, and exits with 0. Then the same command goes on."""
+    common = "--max_steps=80", "--micro_batch_size=4", "--eval_every=20", "--keep_checkpoints=1"
+    (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT)))
+    out_dir = tmp_path / "stopped"
+    train_here(tiny, f"--out_dir={tmp_path / 'uninterrupted'}", *common)
+    command = "train.py", tiny, f"--out_dir={out_dir}", *common
+
+    def stopped(process, at_least):
+        code, out, err = ended(process)
+        assert code == 0 and "Traceback" not in err, err
+        note = r"stopped after step (\d+); to go on: the same command$"
+        step = int(re.search(note, out, re.MULTILINE)[1])
+        assert [path.name for path in list_checkpoints(out_dir)] == [f"step_{step:08d}"]
+        assert at_least <= step < 80
+        verify(list_checkpoints(out_dir)[0])
+        return step
+
+    process = start(*command)
+    wait_for_line(process, "starting")  # then it compiles
+    os.kill(process.pid, signal.SIGTERM)
+    step = stopped(process, 1)
+
+    process = start(*command)
+    wait_for_line(process, "step")
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches every process of the group
+    step = stopped(process, step + 1)
+
+    for moment in ("evaluation", "save"):
+        process = start(tmp_path / "slow.py", *command[1:], "--checkpoint_every=10")
+        wait_for_line(process, moment)
+        os.killpg(process.pid, signal.SIGTERM)  # to every process, as when a machine shuts down
+        step = stopped(process, step + 1)
+
+    step = stopped(start(*command, "--max_hours=1e-9"), step + 1)
+    train_here(*command[1:])
+    assert outcome(out_dir) == outcome(tmp_path / "uninterrupted")
+
+
+def test_a_second_interrupt_ends_at_once(tiny, tmp_path):
+    process = start("train.py", tiny, f"--out_dir={tmp_path}", "--max_steps=100000",
+                    "--log_every=100000", "--eval_every=0")
+    wait_for_line(process, "step")
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.5)
+    started = time.monotonic()
+    code, _, err = ended(process)
+    assert code == 130 and time.monotonic() - started < 5
+    assert "SIGINT: stopping within log_every steps" in err and "Traceback" not in err
+    assert not list_checkpoints(tmp_path)
+
+
+def test_ctrl_c_saves_even_if_it_ends_the_reader_of_the_output(tiny, tmp_path):
+    """As in python train.py ... 2>&1 | tee log."""
+    process = start("train.py", tiny, f"--out_dir={tmp_path}", "--max_steps=100000")
+    wait_for_line(process, "step")
+    process.stdout.close()
+    process.stderr.close()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    assert len(list_checkpoints(tmp_path)) == 1
+
+
+def test_no_worker_outlives_its_parent(tiny, tmp_path):
+    """It would hold the TPU."""
+    process = start("train.py", tiny, f"--out_dir={tmp_path}", "--max_steps=100000")
+    wait_for_line(process, "step")
+    process.kill()
+    assert ended(process)[0] == -signal.SIGKILL
+
+
+def test_max_hours_leaves_time_to_save(tiny, tmp_path):
+    """Twice the time of a save and between two reports. Here that is short, so the run uses nearly
+    all of its 13 seconds."""
+    started = time.monotonic()
+    code, out, err = run("train.py", tiny, f"--out_dir={tmp_path}", "--max_steps=100000",
+                         "--max_hours=0.0036")
+    assert code == 0 and "stopped after step" in out, err
+    assert 9 < time.monotonic() - started < 60  # importing takes seconds, before the clock starts
+
+
+# --- cores that fail ----------------------------------------------------------------------------
+
+
+WORKERS = """
+import ctypes, os, signal, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+sys.path.insert(0, sys.argv[2])
+from nanoxla.errors import run_command
+from nanoxla.launch import run_on_all_cores
+
+def worker(index, mode, stop_requested):
+    os.write(1, b"here\\n")  # in one piece: print might mix the lines of two workers
+    while not os.path.exists(__file__ + ".go"):
+        time.sleep(0.01)
+    if index == 0 and "deaf" in mode:
+        ctypes.PyDLL(None).sleep(30)  # holds the interpreter's lock
+    if index == 1 and "raises" in mode:
+        raise RuntimeError("the first failure")
+    if index == 1 and mode == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not stop_requested():  # as in an all-reduce that never ends
+        time.sleep(0.01)
+    os.write(1, b"asked to stop\\n")
+
+def start_one(supervised, work, arguments, directory, index):
+    supervised(index, partial(worker, index), arguments, directory)
+
+def spawn(supervised, arguments):
+    with ProcessPoolExecutor(3, get_context("spawn")) as executor:  # as torch_xla does on a TPU
+        list(executor.map(partial(start_one, supervised, *arguments), range(3)))
+
+if __name__ == "__main__":
+    run_command(lambda: run_on_all_cores(spawn, worker, sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def workers(tmp_path):
+    """workers(mode) starts three idle worker processes, without a TPU, under train.py's own
+    supervision."""
+    (tmp_path / "workers.py").write_text(WORKERS)
+
+    def begin(mode):
+        process = start(tmp_path / "workers.py", mode, ROOT)
+        for _ in range(3):
+            wait_for_line(process, "here")
+        (tmp_path / "workers.py.go").touch()
+        return process
+    return begin
+
+
+@pytest.mark.parametrize("mode, message", [
+    ("raises", "RuntimeError: the first failure"),
+    ("is killed", "a worker was killed, perhaps for lack of memory")])
+def test_a_failing_core_ends_all_within_seconds(workers, mode, message):
+    process, started = workers(mode), time.monotonic()
+    code, out, err = ended(process)
+    assert time.monotonic() - started < 8
+    assert code == 1 and err.count(message) == 1 and "asked to stop" not in out, err
+    assert err.count("Traceback") == (mode == "raises")
+
+
+def test_a_failing_core_ends_all_even_if_its_message_cannot_be_printed(workers):
+    process = workers("raises")
+    process.stderr.close()
+    assert process.wait(timeout=8) == 1
+
+
+def test_a_core_that_holds_the_interpreters_lock_is_ended_too(workers):
+    process, started = workers("raises beside a deaf one"), time.monotonic()
+    assert ended(process)[0] == 1 and time.monotonic() - started < 8
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_requests_a_stop(workers, signal_):
+    process = workers("nothing")
+    os.killpg(process.pid, signal_)
+    code, out, err = ended(process)
+    assert code == 0 and out.count("asked to stop") == 3 and "Traceback" not in err, err
