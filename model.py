@@ -26,6 +26,8 @@ from nanoxla.flash_attention import flash_attention
 
 @dataclass(frozen=True)
 class ModelConfig:
+    # A key is a line: type, default, the meaning that --help shows, the values allowed. The value
+    # of a session_key may change when a run is resumed; all other keys define the run.
     vocab_size: int = key(32_000, "token ids are 0 .. vocab_size - 1",
                           between(2, 65_536, "shards are uint16"))
     dim: int = key(768, "width of the residual stream", at_least(1))
@@ -33,7 +35,7 @@ class ModelConfig:
     n_heads: int = key(12, "attention heads; divides dim", at_least(1))
     hidden_dim: int = key(2_048, "width inside the SwiGLU", at_least(1))
     context: int = key(1_024, "tokens in a window: the longest text the model reads", at_least(1))
-    rope_theta: float = key(10_000.0, "base of the rotary wavelengths", POSITIVE)
+    rope_theta: float = key(10_000.0, "base of the rotary frequencies", POSITIVE)
     norm_eps: float = key(1e-5, "added to the mean square in RMSNorm", POSITIVE)
     attention: str = session_key("math", "math: explicit scores, runs everywhere | "
                                          "flash: a kernel, TPU only", one_of("math", "flash"))
@@ -50,7 +52,7 @@ def num_parameters(config):
     """The number of parameters of Llama(config), and how many of them are in matrix products.
 
     The embedding is a lookup and the norms multiply elementwise, so neither counts as a product.
-    For the reference shape: (134_105_856, 109_510_656)."""
+    For config/fwedu_124m.py: (134_105_856, 109_510_656)."""
     D, M, V = config.dim, config.hidden_dim, config.vocab_size
     block = 4 * D * D + 3 * D * M  # q, k, v, o; gate, up, down
     in_matmuls = config.n_layers * block + V * D  # the blocks and the head
@@ -83,8 +85,8 @@ class RMSNorm(nn.Module):
 def rotary_tables(config):
     """The cosines and sines of the angles position * theta^(-2i / K), [T, K] each.
 
-    There are K / 2 angles, each of them twice: dimension i turns together with dimension i + K / 2,
-    as in the Hugging Face weights. (The paper pairs neighbours.)"""
+    There are K / 2 different angles, and each appears twice: dimension i turns together with
+    dimension i + K / 2, as in the Hugging Face weights. (The paper pairs neighbours.)"""
     K = config.dim // config.n_heads
     frequencies = config.rope_theta ** (-torch.arange(0, K, 2, dtype=torch.float32) / K)  # [K/2]
     positions = torch.arange(config.context, dtype=torch.float32)  # [T]
@@ -175,9 +177,11 @@ class ShiftedCrossEntropy(torch.autograd.Function):
     pass over all logits, after the first has computed them.
 
     Our shift is known before the logits are: the logit of the target, a dot product of two vectors,
-    plus 16. XLA can then sum the exponentials while it multiplies. The sum is never too small: the
-    target alone adds exp(-16). It overflows if a logit is 88 above the shift, so at a loss above
-    104. Then the mean is not finite, and the optimiser skips the update (see AdamW in train.py).
+    plus 16. XLA can then sum the exponentials while it computes the logits. The sum is never too
+    small: the target alone adds exp(-16). It overflows if a logit is 88 above the shift, since
+    exp(88) is the limit of float32. That logit is then 88 + 16 above the target, so the loss is
+    above 104. The mean is not finite, and the optimiser skips the update (see AdamW in
+    train.py).
     """
 
     @staticmethod
@@ -205,10 +209,11 @@ def one_hot(targets, logits):
 class KVCache:
     """The keys and values of the tokens read so far, for generating one token at a time.
 
-    For XLA, shapes never change and the position is a tensor, so one graph serves every
-    position. (The position has shape [1]: torch_xla turns a 0 or 1 without dimensions into a
-    constant.) Slots from `position` on hold stale values. No query sees them before they are
-    overwritten, so a prompt may be padded and `position` set back to its true length."""
+    For XLA, shapes never change and the position is a tensor, so one graph serves every position.
+    (The position has the shape [1]: torch_xla makes a 0 or 1 without dimensions a constant of the
+    graph, like a Python number.) Slots from `position` on hold stale values. No query sees them
+    before they are overwritten, so a prompt may be padded and `position` set back to its true
+    length."""
 
     def __init__(self, config, batch_size, device, length=None):
         """length: the number of tokens to make room for. Default and maximum: the context."""
@@ -220,20 +225,21 @@ class KVCache:
 
     def advance(self, count):
         """Moves on by `count` tokens, and returns their positions [count]."""
-        self.new = self.position + torch.arange(count, device=self.position.device)
+        self.new_positions = self.position + torch.arange(count, device=self.position.device)
         self.position = self.position + count
-        return self.new
+        return self.new_positions
 
     def update(self, layer, k, v):
-        """Stores k and v [B, H, T, K] of the T newest tokens; returns all of them, [B, H, S, K]."""
-        return (self.keys[layer].index_copy_(2, self.new, k),
-                self.values[layer].index_copy_(2, self.new, v))
+        """Stores k and v [B, H, T, K] of the newest T tokens. Returns the whole cache: keys and
+        values, [B, H, S, K] each."""
+        return (self.keys[layer].index_copy_(2, self.new_positions, k),
+                self.values[layer].index_copy_(2, self.new_positions, v))
 
 
 class Llama(nn.Module):
-    """Weights start normal with deviation 0.02, norms at 1. They are drawn on the CPU, from a
-    generator of their own, so every core starts from the same weights (torch.manual_seed does not
-    seed an XLA device)."""
+    """Matrices start from a normal distribution with standard deviation 0.02, the weights of the
+    norms at 1. The matrices are drawn on the CPU from a generator of their own, so every core
+    starts from the same weights. (torch.manual_seed does not seed an XLA device.)"""
 
     def __init__(self, config, seed=0):
         super().__init__()
@@ -251,9 +257,8 @@ class Llama(nn.Module):
                 nn.init.normal_(parameter, std=0.02, generator=generator)
 
     def forward(self, tokens, targets=None, cache=None):
-        """tokens [B, T]: ids below vocab_size. XLA silently clamps a larger id, so whoever reads
-        the
-        data has to check it.
+        """tokens [B, T]: ids below vocab_size. XLA silently clamps a larger id, so check the data
+        before.
 
         With targets [B, T]: the mean cross-entropy in nats, a float32 scalar. Without: the logits
         [B, T, V]. With a cache, the tokens continue the cached text and are added to it."""
@@ -284,15 +289,17 @@ def load_model(values, weights, source):
     """A Llama on the CPU with stored weights, for sampling and converting.
 
     values: a dict with the keys of ModelConfig; others are ignored. weights: {name: tensor}. Raises
-    UserError, which names `source`, if the two do not fit each other."""
+    UserError, which names `source`, if the two do not match."""
     shape = {entry.name: values[entry.name] for entry in dataclasses.fields(ModelConfig)}
-    model = Llama(ModelConfig(**shape | {"attention": "math"}))  # which runs everywhere
+    model = Llama(ModelConfig(**shape | {"attention": "math"}))  # "math" runs on every device
     expected = {name: list(p.shape) for name, p in model.named_parameters()}
-    if strange := expected.keys() ^ weights.keys():
-        raise UserError(f"{source} lacks, or should not have, the tensor {min(strange)}")
+    if missing := expected.keys() - weights.keys():
+        raise UserError(f"{source} lacks the tensor {min(missing)}")
+    if unexpected := weights.keys() - expected.keys():
+        raise UserError(f"{source} has an unexpected tensor {min(unexpected)}")
     for name, shape in expected.items():
         if list(weights[name].shape) != shape:
             raise UserError(f"{source}: {name} has the shape {list(weights[name].shape)}; "
-                            f"by its config it is {shape}")
+                            f"its config implies {shape}")
     model.load_state_dict(weights)
     return model

@@ -7,11 +7,12 @@
 Read model.py first. Then this file in order: the config, the learning rate, the optimiser, one
 training step, and `worker`, the loop that every core runs.
 
-PyTorch/XLA in four sentences. An operation on an XLA tensor computes nothing; it records a node
-in a graph ("tracing"). torch_xla.sync() hands the recorded graph to the device and does not wait
-for it; the first time it sees a graph, it compiles it, which takes seconds or minutes. Reading a
-number (.cpu(), print, if) does wait. So a fast loop records the same few graphs in every step,
-and reads nothing that the device is still computing."""
+PyTorch/XLA in five sentences. An operation on an XLA tensor computes nothing; it records a node in
+a graph ("tracing"). torch_xla.sync() starts the recorded graph on the device and does not wait for
+it. If the graph is new, XLA compiles it first, which takes seconds or minutes. Reading a number
+(.cpu(), print, if) does wait. So a fast loop records the same few graphs in every step, and reads
+nothing that the device is still computing.
+"""
 import sys
 
 from nanoxla.environment import check_environment, mend_environment, use_huge_pages
@@ -47,8 +48,7 @@ from nanoxla.tracing import trace_once
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    # To add a key, add a line: a type, a default, the meaning that --help shows, and the values
-    # allowed. A session_key may change when a run is resumed; every other key defines the run.
+    # To add a key, add a line: type, default, the meaning that --help shows, the values allowed.
     out_dir: str = session_key("out/run", "directory of metrics.jsonl and checkpoints/")
     data_dir: str = session_key("data", "directory of the shards")
     train_glob: str = session_key("train_*.bin", "training shards in data_dir")
@@ -61,24 +61,26 @@ class Config(ModelConfig):
     learning_rate: float = key(6e-4, "peak, reached after warmup_steps", POSITIVE)
     min_lr: float = key(0.0, "learning rate at the end of the cosine", at_least(0))
     warmup_steps: int = key(100, "steps of linear warm-up", at_least(0))
-    weight_decay: float = key(0.1, "AdamW's, on matrices only", at_least(0))
-    beta1: float = key(0.9, "AdamW: decay of the mean gradient", BELOW_ONE)
-    beta2: float = key(0.95, "AdamW: decay of the mean squared gradient", BELOW_ONE)
-    grad_clip: float = key(1.0, "largest norm of the averaged gradient; 0: any", at_least(0))
-    dtype: str = key("bfloat16", "of the matrix products; everything else is float32",
+    weight_decay: float = key(0.1, "AdamW's weight decay; matrices only", at_least(0))
+    beta1: float = key(0.9, "AdamW's decay rate of the first moment", BELOW_ONE)
+    beta2: float = key(0.95, "AdamW's decay rate of the second moment", BELOW_ONE)
+    grad_clip: float = key(1.0, "clip the averaged gradient to this norm; 0: do not", at_least(0))
+    dtype: str = key("bfloat16", "number format of the matrix products; the rest is float32",
                      one_of("bfloat16", "float32"))
-    peak_tflops: float = session_key(197.0, "of a core in bfloat16, for mfu; a v5e's", POSITIVE)
-    seed: int = key(0, "of the initial weights and of the order of the data", at_least(0))
+    peak_tflops: float = session_key(197.0, "peak of one core in bfloat16, for mfu; default: v5e",
+                                     POSITIVE)
+    seed: int = key(0, "random seed of the weights and of the order of the data", at_least(0))
     log_every: int = session_key(10, "steps between log rows, and checks for a stop", at_least(1))
     eval_every: int = session_key(1_000, "steps between evaluations; 0: none", at_least(0))
     eval_batches: int = session_key(8, "batches of batch_size in an evaluation", at_least(1))
     checkpoint_every: int = session_key(1_000, "steps between checkpoints; 0: only at the end",
                                         at_least(0))
     keep_checkpoints: int = session_key(2, "newest checkpoints to keep", at_least(1))
-    max_hours: float = session_key(0.0, "stop in time to have saved after so many hours, start-up "
-                                        "included; 0: no limit", at_least(0))
-    max_skipped: int = session_key(10, "stop after more consecutive skipped (non-finite) updates; "
-                                       "checked every log_every steps", at_least(0))
+    max_hours: float = session_key(0.0, "stop early enough to finish saving within this many "
+                                        "hours, counting start-up; 0: no limit", at_least(0))
+    max_skipped: int = session_key(10, "stop when more consecutive updates were skipped because "
+                                       "they were not finite; checked every log_every steps",
+                                   at_least(0))
     resume: str = session_key("auto", "auto: from the newest checkpoint in out_dir, if any | "
                                       "never: refuse a used out_dir | a checkpoint's path")
 
@@ -118,11 +120,12 @@ class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101), after clipping by global
     norm. An update whose loss or gradient is not finite is skipped.
 
-    Why not torch.optim.AdamW? It keeps its hyper-parameters as Python numbers. In a graph, a Python
-    number becomes an input, except 0 and 1, which become constants. So a value that reaches 0 or 1
-    changes the graph, and the step is compiled again in the middle of the run: with beta2 = 0.95 at
-    step 324, where 1 - beta2^step rounds to 1. Here, everything that depends on the step comes in
-    one small tensor, and the moments exist from the start: one graph, whatever the step.
+    Why not torch.optim.AdamW? It keeps its hyper-parameters as Python numbers. torch_xla makes a
+    Python number an input of the graph, except 0 and 1, which it makes constants. So a value that
+    reaches 0 or 1 changes the graph, and the step is compiled again in the middle of the run: with
+    beta2 = 0.95 at step 324, where sqrt(1 - beta2^325) rounds to 1 in float32. Here, everything
+    that depends on the step comes in one small tensor, and the moments exist from the start: one
+    graph, whatever the step.
     """
 
     def __init__(self, parameters, config):
@@ -135,9 +138,8 @@ class AdamW(torch.optim.Optimizer):
             self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     def schedule(self, step):
-        """The numbers that depend on the step, as a tensor [3]: the learning rate and the
-        corrections
-        of the two moments' bias."""
+        """The numbers that depend on the step, as a tensor [3]: the learning rate, and the bias
+        corrections of the two moments."""
         return torch.tensor([learning_rate(step, self.config),
                              1 - self.config.beta1 ** (step + 1),
                              1 - self.config.beta2 ** (step + 1)])
@@ -156,7 +158,8 @@ class AdamW(torch.optim.Optimizer):
         scale = (config.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0) if config.grad_clip else 1.0
 
         # Skip an update that is not finite. An `if` would have to read the device, so the graph
-        # always updates: if need be with a learning rate of 0 and a gradient of weight 0.
+        # always updates. If need be, it does so with a learning rate of 0, and gives the gradient
+        # the weight 0 and the old moment the weight 1.
         finite = (grad_norm + loss).isfinite()
         zero = torch.zeros_like(grad_norm)
         lr, weight1, weight2 = (torch.where(finite, x, zero)
@@ -192,7 +195,8 @@ class TracedModel:
         self.names, self.parameters = zip(*model.named_parameters())
         self.device = self.parameters[0].device
         self.micro_batches = config.batch_size // (xr.world_size() * config.micro_batch_size)
-        self.zero = torch.zeros((), device=self.device)  # a Python 0 would become a constant
+        # A buffer on the device, after the first sync. A Python 0 would be a constant of the graph.
+        self.zero = torch.zeros((), device=self.device)
         self.loss_sum = self.zero
         depends_on = config, self.micro_batches
         self.add_loss = trace_once(self.add_loss, depends_on)
@@ -208,9 +212,9 @@ class TracedModel:
         return loss_sum + self.loss(tokens, parameters)
 
     def add_loss_and_gradients(self, tokens, parameters, loss_sum, gradient_sums):
-        """The new sums. Those of the gradients come last parameter first: see store_gradients."""
+        """The new sums of loss and gradients; the latter in reverse order of the parameters."""
         with torch.enable_grad():
-            loss = self.loss(tokens, parameters) / self.micro_batches
+            loss = self.loss(tokens, parameters) / self.micro_batches  # so the sum is a mean
         gradients = torch.autograd.grad(loss, parameters)
         gradient_sums = [total + gradient for total, gradient in zip(gradient_sums, gradients)]
         return loss_sum + loss.detach(), gradient_sums[::-1]
@@ -219,11 +223,18 @@ class TracedModel:
         self.loss_sum = self.add_loss(tokens.to(self.device), self.parameters, self.loss_sum)
 
     def accumulate_gradients(self, tokens):
-        gradients = [p.grad for p in self.parameters]
+        """Adds to loss_sum and to p.grad of every parameter.
+
+        The sums come back in reverse order for the sake of speed. XLA writes a result over the
+        first old input that has its shape. torch_xla lists the inputs from the last result's to the
+        first result's. So in reverse order each sum meets its own old gradient, and XLA adds in
+        place, which saves 6 % of a step. The sums live in this function only: whatever Python still
+        refers to at the sync becomes a result of the graph, with memory of its own."""
+        old = [p.grad for p in self.parameters]
         self.loss_sum, sums = self.add_loss_and_gradients(
-            tokens.to(self.device), self.parameters, self.loss_sum, gradients)
-        del gradients
-        store_gradients(self.parameters, sums)
+            tokens.to(self.device), self.parameters, self.loss_sum, old)
+        for p, gradient_sum in zip(self.parameters, reversed(sums)):
+            p.grad.copy_(gradient_sum)
 
     def take_loss_sum(self):
         """The sum of the losses so far; the next sum starts from 0."""
@@ -231,45 +242,31 @@ class TracedModel:
         return taken
 
 
-def store_gradients(parameters, reversed_sums):
-    """Stores the new sums as p.grad. For parameters (a, b), reversed_sums is [sum_b, sum_a]; it is
-    empty afterwards. Both the order and the emptying are for speed, not for correctness.
-
-    The order: XLA writes a result over an old input of the same shape, if it can. It takes the
-    first one it finds, and torch_xla passes the inputs of the last result first. So with reversed
-    results each sum gets the memory of its own old gradient, and XLA adds in place: 6 % of a step.
-
-    The emptying: whatever Python refers to at torch_xla.sync() is a result of the graph and gets
-    memory of its own. A sum that stayed in the list would exist twice, there and in p.grad.
-    """
-    for p in parameters:
-        p.grad.copy_(reversed_sums.pop())
-
-
 @torch.no_grad()
 def train_step(traced, optimizer, batch, step, stop):
-    """One optimiser step on this core's share of the batch, [n, T + 1] on the host. Starts it and
-    does not wait for it. stop: whether this core wishes to stop.
+    """Starts one optimiser step on this core's share of the batch, [n, T + 1] on the host, and
+    returns without waiting. stop: whether this core has been asked to stop.
 
     Returns a report, a tensor [5] on the device: the mean loss over all cores, the gradient's norm,
-    the updates skipped in total and in a row, and the number of cores that wish to stop.
+    the updates skipped in total and in a row, and the number of cores that were asked to stop.
     """
-    # Graph 1, once for every micro-batch: forward, backward, add to the sums. Because of the sync
-    # each micro-batch is a graph of its own, the same every time. Without it all would form one
-    # large graph: longer to compile, and with the activations of all micro-batches in memory.
+    # Graph 1, run once for every micro-batch: forward, backward, add to the sums. The sync ends it.
+    # Without the sync all micro-batches would form one large graph: longer to compile, and with
+    # the activations of all of them in memory.
     for tokens in batch.split(traced.config.micro_batch_size):
         traced.accumulate_gradients(tokens)
         torch_xla.sync()
 
-    # Graph 2: average over the cores, clip, update. The stop wish is a tensor of shape [1], because
-    # a 0 or 1 without dimensions would become a constant, and each of the two a graph of its own.
+    # Graph 2: average over the cores, clip, update. The stop flag has the shape [1]: torch_xla
+    # makes a 0 or 1 without dimensions a constant, as if it were a Python number, so asking to stop
+    # would change the graph and compile it again.
     stop = torch.tensor([float(stop)]).to(traced.device)
     loss = traced.take_loss_sum()[None] / xr.world_size()
     loss, stops = xm.all_reduce(xm.REDUCE_SUM, torch.cat([loss, stop])).unbind()
     schedule = optimizer.schedule(step).to(traced.device)
     grad_norm = xm.optimizer_step(optimizer, optimizer_args={"schedule": schedule, "loss": loss})
     # Zeros and not None: so the first micro-batch of the next step adds to existing gradients, like
-    # all the others, and needs no graph of its own.
+    # all the others. Otherwise it would be a different graph.
     optimizer.zero_grad(set_to_none=False)
     report = torch.stack([loss, grad_norm, *optimizer.skipped.unbind(), stops])
     torch_xla.sync()
@@ -278,7 +275,8 @@ def train_step(traced, optimizer, batch, step, stop):
 
 @torch.no_grad()
 def evaluate(traced, windows):
-    """The mean loss over the windows of all cores; [n, T + 1] are this core's. Waits for it."""
+    """The mean loss over the windows of all cores. windows [n, T + 1]: this core's share. Waits for
+    the result."""
     micro_batches = windows.split(traced.config.micro_batch_size)
     for tokens in micro_batches:
         traced.accumulate_loss(tokens)
@@ -286,7 +284,7 @@ def evaluate(traced, windows):
     loss = traced.take_loss_sum() / len(micro_batches)
     mean_loss = xm.all_reduce(xm.REDUCE_SUM, loss, scale=1 / xr.world_size())
     torch_xla.sync()
-    return mean_loss.cpu().item()  # .item() of an XLA tensor is not safe where cores are threads
+    return mean_loss.cpu().item()  # .item() on the XLA tensor: a race if cores are threads
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -295,12 +293,12 @@ def evaluate(traced, windows):
 def worker(config, checkpoint, deadline, stop_requested):
     """The training run, as every core runs it. Cores read different windows; core 0 also writes.
 
-    deadline: the time.monotonic() by which the run must have saved. stop_requested: a function that
-    returns whether the user asked to stop.
+    deadline: the value of time.monotonic() by which the run must have saved. stop_requested: a
+    function that returns whether the user asked to stop.
 
-    A run compiles six graphs, whatever its length: (1) the zeros that moments and gradients start
-    from, and (2) check_all_cores_start_at; (3) a micro-batch and (4) the update, in train_step;
-    (5) a micro-batch without gradients and (6) the mean loss, in evaluate."""
+    A run compiles six graphs, whatever its length: (1) the zeros of moments and gradients (weights
+    are uploaded, not computed) and (2) check_all_cores_start_at; (3) a micro-batch and (4) the
+    update, in train_step; (5) a micro-batch without gradients and (6) the mean loss, in evaluate."""
     rank, cores, device = xr.global_ordinal(), xr.world_size(), torch_xla.device()
     check_batch_size(config, cores)
 
@@ -315,7 +313,7 @@ def worker(config, checkpoint, deadline, stop_requested):
     optimizer = AdamW(model.parameters(), config)
     traced = TracedModel(model, config)
     step = first_step = restore(checkpoint, model, optimizer) if checkpoint else 0
-    torch_xla.sync()  # weights and moments become buffers; else the next graph would compute them
+    torch_xla.sync()  # or the first step would compute the zeros too, and differ from the others
     check_all_cores_start_at(first_step, device)
 
     # what reports, saves, and decides when to stop
@@ -325,6 +323,7 @@ def worker(config, checkpoint, deadline, stop_requested):
             + " (compiling the first step takes a while)")
 
     def stop_wanted():
+        # A stop takes until the next report. Twice the longest times so far, to be safe.
         time_to_save = 2 * (log.longest_interval + saver.longest_save)
         late = rank == 0 and time.monotonic() + time_to_save > deadline
         return late or stop_requested()
@@ -337,7 +336,7 @@ def worker(config, checkpoint, deadline, stop_requested):
         lr = learning_rate(step, config)
         step += 1
 
-        # read the report of the step before, while the device works on this one
+        # read the report of an earlier step, if one is due, while the device works on this one
         stopping = log.training(step, lr, report)
 
         # once in a while: the validation loss (all cores take part)
@@ -373,7 +372,7 @@ def main():
                         "--help lists the keys")
     config = load_config(sys.argv[1], sys.argv[2:])
     check_environment()
-    check_attention(config, xr.device_type())
+    check_attention(config, xr.device_type())  # which does not open the device
     train_data = data.check_data(config)
     checkpoint = checkpoint_to_resume(config, train_data.fingerprint())
 
@@ -381,7 +380,7 @@ def main():
     print(f"{total:,} parameters, {in_matmuls:,} of them in matmuls | {config.max_steps:,} steps x "
           f"{tokens:,} tokens = {config.max_steps * tokens:,} | {config.out_dir}")
     if checkpoint and read_state(checkpoint)["step"] >= config.max_steps:
-        return print(f"{checkpoint} is the end of this run: nothing to do")
+        return print(f"{checkpoint} is the last checkpoint of this run: nothing to do")
     if xr.device_type() == "CPU":
         use_huge_pages()
     deadline = session_start + 3600 * (config.max_hours or math.inf)

@@ -3,14 +3,14 @@
     out/run/checkpoints/step_00001000/
         model.safetensors       weights under the names of model.py, float32
         optimizer.safetensors   AdamW's moments, exp_avg.NAME and exp_avg_sq.NAME; skipped: the
-                                number of updates left out, in total and in a row
+                                number of skipped updates, in total and in a row
         metrics.jsonl           the rows that the run had logged by then
         tokenizer.model         the SentencePiece model of the data, if there is one
         state.json              step, tokens seen, the config, a fingerprint of the data, versions,
                                 and the size and SHA-256 of every other file
 
-A directory with such a name is complete and on the disk. Anything else ends in .partial, .removed
-or .set_aside. Nothing is pickled, so reading a stranger's checkpoint cannot run code.
+A directory named step_NNNNNNNN is complete and on the disk. Anything else ends in .partial,
+.removed or .set_aside. Nothing is pickled, so reading a stranger's checkpoint cannot run code.
 """
 import dataclasses
 import hashlib
@@ -49,8 +49,9 @@ def newest_run():
 
 
 def find_checkpoint(path):
-    """The checkpoint that the user means by `path`: a checkpoint directory; a run's directory, for
-    its newest checkpoint; None, for that of the newest run under out/."""
+    """The checkpoint that the user means by `path`: a checkpoint directory; a run's directory,
+    meaning its newest checkpoint; or None, meaning the newest checkpoint of the newest run under
+    out/."""
     path = newest_run() if path is None else Path(path)
     if Path(path, "state.json").is_file() or (path.is_dir() and COMPLETE.fullmatch(path.name)):
         return path
@@ -76,7 +77,7 @@ def describe(step, tokens, config, data_sha256, tokenizer):
 
 def state_bytes(state):
     """The bytes of state.json: `state`, with a checksum of itself, so that any change is
-    noticed."""
+    detected."""
     content = json.dumps(state, indent=1)
     checksum = hashlib.sha256(content.encode()).hexdigest()
     return json.dumps(state | {"sha256": checksum}, indent=1).encode()
@@ -108,9 +109,9 @@ def read_state(checkpoint):
 
 
 def verify(checkpoint, without=()):
-    """Raises UserError unless the files are, byte for byte, those that were saved, and no others
-    are
-    there. Files in `without` are not checked. Returns the state."""
+    """Raises UserError unless the files are, byte for byte, those that were saved, except for the
+    files in `without`. If `without` is empty, there must be no other files either. Returns the
+    state."""
     state = read_state(checkpoint)
     files = state["files"]
     for name in files.keys() - set(without):
@@ -143,8 +144,8 @@ def load_tensors(checkpoint, name):
 
 
 def load(checkpoint):
-    """The config (a dict) and the verified weights {name: tensor} of a checkpoint: what load_model
-    of model.py takes."""
+    """The config (a dict) and the verified weights {name: tensor} of a checkpoint: the first two
+    arguments of load_model in model.py."""
     state = verify(checkpoint, without=["optimizer.safetensors", "metrics.jsonl"])
     return state["config"], load_tensors(checkpoint, "model")
 

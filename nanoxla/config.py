@@ -1,7 +1,7 @@
 """Configs: a frozen dataclass of defaults, a Python file of assignments laid over it, and
 --key=value arguments laid over both.
 
-A config class declares one key a line:
+A config class declares one key per line:
 
     batch_size: int = key(256, "windows per optimiser step, over all cores", at_least(1))
 """
@@ -25,7 +25,7 @@ class Check(NamedTuple):
 
 ANY = Check(lambda x: True, "")
 POSITIVE = Check(lambda x: 0 < x < math.inf, "more than 0")
-BELOW_ONE = Check(lambda x: 0 <= x < 1, "from 0 to below 1")
+BELOW_ONE = Check(lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 
 def at_least(low):
@@ -48,13 +48,14 @@ def key(default, meaning, check=ANY, per_session=False):
 
 
 def session_key(default, meaning, check=ANY):
-    """A key whose value may change from one session of a run to the next."""
+    """A key whose value may change from one session of a run to the next. (A session is one start
+    of train.py; resuming begins another.)"""
     return key(default, meaning, check, per_session=True)
 
 
 def load(config_class, path, overrides=()):
     """config_class with the values of the config file `path` and of overrides like "--key=value".
-    Raises UserError for an unknown key, a wrong type and a value that makes no sense."""
+    Raises UserError for an unknown key, a wrong type and a value out of range."""
     fields = {entry.name: entry for entry in dataclasses.fields(config_class)}
     values = {name: typed(fields, name, value, path) for name, value in assignments(path).items()}
     for argument in overrides:
@@ -87,8 +88,7 @@ def assignments(path):
 
 
 def typed(fields, name, value, where, parse=False):
-    """`value`, if there is a field `name` and value has its type. parse: value is text to
-    convert."""
+    """`value`, if it has the type of the field `name`. parse: convert it from text first."""
     if name not in fields:
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0)[0]
         raise UserError(f"{where}: there is no key {name!r}; the nearest is {nearest!r}")

@@ -1,7 +1,7 @@
-"""Reading documents from text files: .txt (a document each), .jsonl, .jsonl.gz and .parquet.
+"""Reading documents from .txt files (one document each), .jsonl, .jsonl.gz and .parquet files.
 
-One process reads raw documents from the files. Many processes then decode and parse them
-(document_text), because that is most of the work.
+One process reads raw documents from the files. Decoding and parsing them (document_text) is more
+work, and can be shared between processes.
 """
 import gzip
 import hashlib
@@ -14,19 +14,19 @@ from nanoxla.errors import UserError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 MAX_DOCUMENT_BYTES = 256 << 20  # a document is encoded in one piece
-BATCH_BYTES = 1 << 20  # text sent to a process at a time
+BATCH_BYTES = 1 << 20  # size of the documents sent to a process at a time
 
 
 class RawDocument(NamedTuple):
-    """A document as it is in its file: not decoded, not parsed."""
-    place: str  # for messages: the file, with the line or row
+    """A document before it is decoded and parsed."""
+    place: str  # for error messages: the file, with the line or row
     kind: str  # "text" or "json"
     content: bytes
 
 
 def find_inputs(inputs):
-    """The files named in `inputs`, and those with a known suffix in the directories named,
-    sorted."""
+    """The files in the list `inputs`. A directory stands for all files below it that have a known
+    suffix, sorted. Raises UserError for a path that does not exist or has an unknown suffix."""
     files = []
     for path in map(Path, inputs):
         if path.is_dir():
@@ -44,18 +44,20 @@ def find_inputs(inputs):
 
 
 def total_size(files):
+    """The size of all files together, in bytes."""
     return sum(file.stat().st_size for file in files)
 
 
 def read_documents(path, text_key):
-    """Yields (RawDocument, position): position is how far the reader is in the file, in bytes, or
-    None if it is as far as the contents so far are long."""
+    """Yields (RawDocument, position) for each document of a file. position, for the progress bar,
+    is the number of bytes of the file that have been read so far; None if that is the total length
+    of the contents so far, as in a plain .jsonl file."""
     if path.suffix == ".txt":
         size = path.stat().st_size
         if size > MAX_DOCUMENT_BYTES:
             raise UserError(f"{path} is {size / 2**20:,.0f} MB; a .txt file is one document and "
                             f"may have {MAX_DOCUMENT_BYTES >> 20} MB. Split it, or put one "
-                            "document a line into a .jsonl file")
+                            "document per line into a .jsonl file")
         content = path.read_bytes()
         yield RawDocument(str(path), "text", content), len(content)
     elif path.suffix == ".parquet":
@@ -65,17 +67,19 @@ def read_documents(path, text_key):
 
 
 def read_lines(path):
+    """read_documents for .jsonl and .jsonl.gz: each line is a document."""
     with path.open("rb") as file:
         lines = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
         try:
             for number, line in enumerate(lines, start=1):
-                position = file.tell() if lines is not file else None
+                position = file.tell() if path.suffix == ".gz" else None
                 yield RawDocument(f"{path}:{number}", "json", line), position
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{path} is not a complete gzip file: {error}") from None
 
 
 def read_parquet(path, text_key):
+    """read_documents for .parquet: each row is a document. A null is an empty one."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -95,15 +99,15 @@ def read_parquet(path, text_key):
                 document = RawDocument(f"{path}: row {row}", "text", (text or "").encode())
                 yield document, int(size * row / file.metadata.num_rows)
     except (pyarrow.ArrowException, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # an error of the disk, not of the format
+        if getattr(error, "errno", None) is not None:  # the disk failed; the format may be right
             raise
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is not a readable parquet file: {reason}") from None
 
 
 def batches(files, text_key, progress):
-    """Yields lists of RawDocument of about BATCH_BYTES, and advances `progress` by the bytes
-    read."""
+    """Yields the documents of all files in lists of about BATCH_BYTES. Advances `progress` by the
+    bytes read from the files."""
     batch, size = [], 0
     for path in files:
         before = 0
@@ -122,7 +126,8 @@ def batches(files, text_key, progress):
 
 
 def document_text(document, text_key):
-    """The text of a RawDocument: all of it, or the value of text_key in a JSON object."""
+    """The text of a RawDocument: all of it, or the value of text_key in its JSON object. Raises
+    UserError if it is not UTF-8, not JSON, or has no such text."""
     place, kind, content = document
     try:
         text = content.decode("utf-8-sig")
@@ -143,7 +148,8 @@ def document_text(document, text_key):
 
 
 def hash_fraction(text, salt):
-    """A number in [0, 1) that depends on the text alone, so equal documents are treated alike."""
+    """A number in [0, 1) that depends only on the text, so that equal documents go to the same
+    split."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=salt).digest()
     return int.from_bytes(digest, "big") / 2**64
 

@@ -5,8 +5,9 @@ from nanoxla.errors import UserError
 
 
 def mend_environment():
-    """Kaggle's image sets TPU_PROCESS_ADDRESSES=local. Then the 8 processes of a TPU v5e-8 do not
-    find one another ("Could not find SliceBuilder port"). Without the two variables they do."""
+    """Removes TPU_PROCESS_ADDRESSES and CLOUD_TPU_TASK_ID if the former is "local", as Kaggle's
+    image sets it. With them, the 8 processes of a TPU v5e-8 do not find one another ("Could not
+    find SliceBuilder port")."""
     if os.environ.get("TPU_PROCESS_ADDRESSES") == "local":
         for name in ("TPU_PROCESS_ADDRESSES", "CLOUD_TPU_TASK_ID"):
             os.environ.pop(name, None)
@@ -23,7 +24,7 @@ def check_environment():
 
 
 def use_huge_pages():
-    """For the workers that are about to start. XLA's CPU backend allocates its buffers anew in
-    each step, and huge memory pages make a step a tenth faster. (Read by the C library of a new
-    process.)"""
+    """Makes the processes started from now on use huge memory pages. XLA's CPU backend allocates
+    its buffers anew in each step, and huge pages make a step a tenth faster. (The C library reads
+    the variable when a process starts.)"""
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")

@@ -9,7 +9,8 @@ class UserError(Exception):
 
 
 def user_message(error):
-    """The line that explains `error` to the user, or None for a bug, which deserves a traceback."""
+    """The line that explains a mistake of the user, or a failure of the operating system, to the
+    user; None for a bug, which deserves a traceback."""
     if isinstance(error, UserError):
         return f"error: {error}"
     if isinstance(error, OSError) and error.errno is not None:

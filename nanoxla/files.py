@@ -1,7 +1,9 @@
 """Files that are written whole or not at all, and checksums.
 
-Everything is written under a temporary name, flushed to the disk, and renamed. A rename is atomic:
-whoever looks finds the old file or the complete new one, even after a power failure.
+Everything is written under a temporary name, flushed to the disk, and only then renamed. A rename
+is atomic: whoever looks finds the old file or the complete new one. The flush has to come first: a
+disk may store the new name before the content, and after a power failure the name would stand for a
+file that is empty or half written.
 """
 import contextlib
 import hashlib
@@ -46,8 +48,8 @@ def check_unused(directory, option):
 @contextlib.contextmanager
 def write_directory(directory):
     """Creates `directory` atomically: yields DIRECTORY.partial to write files into, and renames it
-    when all of them are on the disk. An exception deletes it. `directory` may exist if it is empty.
-    """
+    when all of them are on the disk. An exception deletes DIRECTORY.partial. `directory` may exist
+    if it is empty."""
     final = Path(directory).resolve()  # "." has no name, and a symbolic link cannot be replaced
     partial = final.with_name(f"{final.name}.partial")
     if partial.exists():  # left by a process that was killed

@@ -1,24 +1,32 @@
 r"""attention="flash": causal attention as a TPU kernel, written in JAX's Pallas.
 
 Read math_attention and rotate in model.py first: this computes the same. But the [T, T] scores
-never reach the TPU's main memory (HBM). They live in VMEM, the chip's own memory, for a block of
-queries at a time. For each block all scores fit, so the softmax is the plain one, and the backward
-pass simply computes it again: the forward pass saves nothing.
+never reach the TPU's main memory (HBM). They live in VMEM, the core's on-chip memory, for a block
+of queries at a time. All scores of a block fit, so the softmax is the plain one, with no running
+maximum as in FlashAttention. The backward pass computes it again from q and k, which it reads
+anyway. The forward pass saves only its inputs: storing scores or row statistics in HBM and reading
+them back takes longer than computing them again.
 
 How the kernel is cut up. Pallas runs a *program* for each point of a *grid*: here for each window b
 and each group g of 128 columns. A *BlockSpec* says which part of an array a program sees, and hands
 it over as a *ref*: q_ref[...] reads that part into VMEM. Here the part is q[b, :, 128 g : 128
 (g+1)].
 
-    q [B, T, D], as q_proj left it: heads side by side     a block of Q queries sees the keys up to
-                                                           its own end (N of them); the last Q of
-    lanes  0 ........... 63 64 .......... 127              these need the causal mask:
-          +----------------+-----------------+
-    t = 0 |     head 0     |     head 1      |                  keys     0  Q  2Q  3Q
-    t = 1 |     head 0     |     head 1      |             block 0      [\]
-     ...  |                |                 |             block 1      [   \]
-          +----------------+-----------------+             block 2      [      \]     \ masked
-           program (b, g = 0), for K = 64                  block 3      [         \]
+Each program sees all T tokens of 128 lanes, which are two heads of K = 64:
+
+                         lanes 0 .......... 63   64 ........... 127
+                 t = 0   |       head 0       |       head 1       |
+                 t = 1   |       head 0       |       head 1       |
+                  ...    |                    |                    |
+
+It takes the queries in blocks of Q. A block sees the N keys up to its own end; only for the last Q
+of them some scores have to be masked (marked by a backslash):
+
+                         keys   0  Q  2Q 3Q
+                 block 0       [\]
+                 block 1       [   \]
+                 block 2       [      \]
+                 block 3       [         \]
 
 The vector unit has 128 lanes and the matrix unit multiplies 128 x 128, so two heads of 64 share the
 lanes. Moving each head to an axis of its own would leave half of the lanes empty. Instead, to get
@@ -37,7 +45,7 @@ import torch
 from nanoxla.errors import UserError
 
 LANES = 128
-BLOCK = 256  # queries. With fewer the matrix unit waits; with more, more is masked out.
+BLOCK = 256  # queries. With fewer the matrix unit waits; with more, more work is masked out.
 MAX_CONTEXT = 2_048  # blocks and heads are unrolled, and a longer program takes minutes to compile
 
 
@@ -56,9 +64,9 @@ def check_attention(config, device_type):
                         "use --attention=math")
     if not supports(config):
         raise UserError(
-            f"attention = 'flash' needs multiples of {LANES} for dim = {config.dim} and context = "
-            f"{config.context}, a context of at most {MAX_CONTEXT}, and dim / n_heads = "
-            f"{config.dim // config.n_heads} must divide {LANES}; use --attention=math")
+            f"attention = 'flash' needs dim = {config.dim} and context = {config.context} to be "
+            f"multiples of {LANES}, context to be at most {MAX_CONTEXT}, and dim / n_heads = "
+            f"{config.dim // config.n_heads} to divide {LANES}; use --attention=math")
     if not find_spec("jax"):
         raise UserError("attention = 'flash' needs jax: pip install "
                         "\"torch_xla[tpu,pallas]==2.9.0\", or use --attention=math")
@@ -79,7 +87,7 @@ def kernels(K):
     from jax.experimental.pallas import tpu as pltpu
 
     def iota(shape, axis):
-        """The index along `axis`, at each place of an array."""
+        """The index along `axis`, for each element of an array."""
         return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
     def dot(a, b, axis_of_a, axis_of_b):
@@ -97,7 +105,7 @@ def kernels(K):
 
     def rotate(x, cos, sin):
         """rotate of model.py for x [T, L] in float32. The quarter turn exchanges the halves of each
-        head; its minus sign is in sin already. With -sin it turns back."""
+        head; its minus sign is in sin already. With -sin it rotates the other way."""
         in_first_half = iota(x.shape, 1) % K < K // 2
         exchanged = jnp.where(in_first_half,
                               pltpu.roll(x, LANES - K // 2, 1), pltpu.roll(x, K // 2, 1))
@@ -109,8 +117,7 @@ def kernels(K):
 
     def blocks(T):
         """For each block: its queries, the keys it sees, and for each head which of the lanes [Q,
-        L]
-        belong to it."""
+        L] belong to it."""
         Q = math.gcd(T, BLOCK)
         head_of_lane = iota((Q, LANES), 1) // K
         lanes_of_heads = [head_of_lane == head for head in range(LANES // K)]
@@ -148,8 +155,8 @@ def kernels(K):
 
     # Backward, from dy:    dv = P^T dy     dP = dy v^T     dS = P * (dP - rowsum(P * dP))
     #                       dq = dS k       dk = dS^T q
-    # In the code everything of size [Q, N] is transposed, [N, Q]: the sums for dv and dk then need
-    # no transposition, and only dq does. Every block adds to dk and dv of all the keys it sees.
+    # The code computes S, P and dS transposed, as [N, Q]. So P^T dy and dS^T q are plain products,
+    # and only dS k needs a transposition. Every block adds to dk and dv of all the keys it sees.
 
     def backward_program(q_ref, k_ref, v_ref, cos_ref, sin_ref, dy_ref, dq_ref, dk_ref, dv_ref,
                          dk_sum, dv_sum):
@@ -213,8 +220,9 @@ def lane_tables(cos, sin):
 def exported(kernel, *shapes):
     """The kernel, lowered for a TPU and for arguments of these shapes.
 
-    jax.export writes kernels in a format that is some weeks old. jax.jit would write the newest
-    one, and that of jax 0.7.1 is too new for libtpu 0.0.21, which torch_xla 2.9.0 comes with."""
+    jax.export writes kernels in a format some weeks old, for compatibility. jax.jit would write the
+    newest one, and that of jax 0.7.1 is too new for libtpu 0.0.21, which torch_xla 2.9.0 comes
+    with."""
     import jax.export
 
     return jax.export.export(jax.jit(kernel), platforms=["tpu"])(*shapes).call
@@ -250,6 +258,6 @@ class FlashAttention(torch.autograd.Function):
 
 def flash_attention(q, k, v, cos, sin):
     """Causal attention of q, k, v [B, T, D], heads side by side, after rotating q and k by the
-    tables
-    cos and sin [T, K] of model.py. Returns [B, T, D]. See `supports` for the models it fits."""
+    tables cos and sin [T, K] of model.py. Returns [B, T, D]. See `supports` for the models it
+    fits."""
     return FlashAttention.apply(cos.size(1), q, k, v, *lane_tables(cos, sin))

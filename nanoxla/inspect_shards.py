@@ -1,4 +1,4 @@
-"""`data.py inspect`: a report on any shards, our own or downloaded."""
+"""`data.py inspect`: reports on any shards, prepared or downloaded."""
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +15,18 @@ from nanoxla.shards import (
 )
 from nanoxla.tokenizer import load_tokenizer
 
-LLAMA_EOS = 2  # ends a document where no tokenizer is known
+LLAMA_EOS = 2  # assumed if no tokenizer is known
 
 
 @dataclass
 class Report:
-    """What a scan finds in a shard."""
+    """The counts of one shard, collected piece by piece."""
     tokens: int = 0
     smallest: int = MAX_VOCAB_SIZE
     largest: int = 0
-    documents: int = 0  # counted by their last token, eos
-    odd_zeros: int = 0  # zeros at odd places: the upper halves of 32-bit ids
-    out_of_vocabulary: UserError | None = None  # the first id that is too large
+    documents: int = 0  # the number of eos ids
+    odd_zeros: int = 0  # zeros at odd positions, where 32-bit ids would have their upper halves
+    out_of_vocabulary: UserError | None = None  # for the first id that is too large
 
     def add(self, path, offset, ids, eos, vocab_size):
         self.tokens += len(ids)
@@ -38,6 +38,7 @@ class Report:
             self.out_of_vocabulary = first_out_of_vocabulary(path, offset, ids, vocab_size)
 
     def warnings(self, path):
+        """Yields a warning for each sign that the shard does not hold the ids that it should."""
         if self.out_of_vocabulary:
             yield self.out_of_vocabulary
         if self.tokens > 2 and self.odd_zeros == self.tokens // 2:
@@ -47,6 +48,7 @@ class Report:
 
 
 def header_warning(path):
+    """A warning if the file begins with a header that we know, else None."""
     with path.open("rb") as file:
         head = file.read(4)
     if head.startswith(b"\x93NUM"):
@@ -57,8 +59,8 @@ def header_warning(path):
 
 
 def inspect(where, vocab_size=None, context=1_024, tokenizer=None):
-    """Reports on the shards of a directory, a file or a glob: tokens, ids, documents, windows, and
-    signs that they are not uint16 ids."""
+    """Reports on the shards of a directory, a file or a glob: their tokens, ids, documents and
+    windows. Warns about ids outside the vocabulary, and about files that do not hold uint16 ids."""
     if context < 1:
         raise UserError(f"--context {context}: expected at least 1")
     where = Path(where)
@@ -83,7 +85,7 @@ def inspect(where, vocab_size=None, context=1_024, tokenizer=None):
               f"{report.tokens // context:11,}")
     total = sum(report.tokens for report in reports.values())
     print(f"{len(paths)} shards, {total:,} tokens, {total // context:,} windows of {context:,}; "
-          f"documents are counted by their end, id {eos}")
+          f"documents are counted by their last token, eos = {eos}")
     for path, report in reports.items():
         for warning in report.warnings(path):
             print(f"WARNING: {warning}")

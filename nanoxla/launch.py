@@ -1,6 +1,6 @@
-"""Start the worker on every core, pass on the wish to stop, and end all cores when one fails.
+"""Start the worker on every core, pass on a request to stop, and end all cores when one fails.
 
-    python train.py            the main process opens no TPU: a child could not open it then
+    python train.py            the main process must not open the TPU, or the workers could not
       | main thread            receives signals, and watches the workers
       | second thread          xmp.spawn(...), which waits for the workers
       |
@@ -8,26 +8,30 @@
       +-- worker of core 1     (on the CPU: one process, whose threads are the cores)
       +-- ...
 
-A temporary directory carries two messages, as names of files:
+Two messages are passed as files in a temporary directory:
 
     DIR/stop           main process to workers: the user asked to stop
-    DIR/failed/CODE    worker to main process: I failed; exit with this code
+    DIR/failed/CODE    worker to main process: I failed; the command shall exit with CODE
 
 A Ctrl-C (SIGINT) or SIGTERM:
- 1. The terminal sends it to all processes. The workers inherited that it is blocked; only the main
+ 1. The terminal sends it to all processes. The workers have inherited a signal mask that blocks it,
+    or a KeyboardInterrupt would end each of them somewhere in the middle of a step. Only the main
     thread of the main process receives it.
  2. The handler prints a note. The main thread creates DIR/stop.
- 3. Each worker sees the file at its next step, and its wish travels with the step's all-reduce. So
-    all cores learn of it in the same step. (If each stopped when it saw the file, some core would
-    do one step more than the others, and wait forever in that step's all-reduce.)
- 4. All save, leave the loop and return. xmp.spawn returns; the exit code is 0.
+ 3. Each worker looks for the file at every step and sends a flag through the step's all-reduce. So
+    all cores read the request in the same report, at most log_every steps later. (If each stopped
+    when it saw the file, some core would do one step more than the others, and wait forever in
+    that step's all-reduce.)
+ 4. Core 0 saves; all cores leave the loop and return. xmp.spawn returns; the exit code is 0.
  5. A second Ctrl-C kills the workers at once; the exit code is 130.
 
 A core that fails, by an exception or by a kill:
  1. The other cores wait for it in the next all-reduce, where no exception reaches them.
- 2. The first to fail creates DIR/failed, prints its message and ends its process with os._exit.
+ 2. If it raised an exception, it creates DIR/failed/CODE, prints its message and ends its process
+    with os._exit. (An ordinary exit would first wait for threads and for the device, which wait for
+    the other cores.) If several fail, the first does so. A killed worker does none of this.
  3. The main thread sees a worker with a non-zero exit code, and kills all workers.
- 4. The main process exits with CODE: 2 for a user's mistake, 1 for a bug.
+ 4. The main process exits with CODE: 2 for a user's mistake, 1 for a bug or a killed worker.
 """
 import contextlib
 import multiprocessing
@@ -92,7 +96,9 @@ def kill(processes):
 
 
 def supervised(index, worker, arguments, directory):
-    """What xmp.spawn calls on core `index`: the worker, and the report if it fails."""
+    """What xmp.spawn calls on core `index`: the worker, and the error message if it fails. Whatever
+    happens then, the process ends: the exit code of the command is the name of the file in
+    failed/."""
     exit_with_parent()
     try:
         worker(*arguments, Path(directory, "stop").exists)

@@ -1,4 +1,5 @@
-"""What a run reports: metrics.jsonl for programs, a line per row for people, a progress bar.
+"""What a run reports: metrics.jsonl, with a JSON object (a *row*) per logged step; a line per row
+for people; a progress bar.
 
 A step's report (loss, gradient norm, ...) is a tensor on the device. Reading it makes the host
 wait until the device has computed it. If the loop read it at once, the device would stand idle
@@ -9,12 +10,13 @@ step 2:
     device            |      step 1     |      step 2             |      step 3             | step 4
                                         ^ report 1 is ready       ^ report 2                ^
 
-A callback notes the time at which each report is ready. The difference between two of these times
-is the time of the steps between them, even if the host is late and reads a report long after it
-was ready: on a CPU, say, where host and device share the processors.
+Only the reports of steps that are due (every log_every) are kept and read. A callback notes when
+each of them is ready. The difference of two such times is the duration of the steps in between. The
+times of reading would not do: the host may read a report long after it was ready.
 
-Before an evaluation or a checkpoint the report is read at once: the host has to wait for the device
-anyway. The clock then stops until the next step begins, so neither counts in a row's speed.
+Before an evaluation or a checkpoint, after the last step, and when the run stops, the report is
+read at once: the host has to wait for the device anyway. The clock then stops until the next step
+begins, so neither evaluations nor checkpoints affect the speed in a row.
 """
 import contextlib
 import json
@@ -36,8 +38,8 @@ from nanoxla.files import write_file
 
 
 def due(step, every, config):
-    """Whether to do, after `step` steps, what is done every so many steps (0: never) and at the end
-    of the run."""
+    """Whether something that happens every `every` steps is due after `step` steps. It is always
+    due after the last step; with every = 0, only then."""
     return step == config.max_steps or (every > 0 and step % every == 0)
 
 
@@ -48,9 +50,9 @@ def compilations():
 
 
 class Times(NamedTuple):
-    """Seconds since the run started, added up over its steps."""
+    """Seconds that this session has spent on steps so far."""
     wall: float  # without pauses (evaluations, checkpoints)
-    host: float  # in which the host read batches, traced steps and started them, without compiling
+    host: float  # of the host: reading batches, tracing and starting steps, without compiling
     compile: float
 
 
@@ -85,10 +87,10 @@ class PendingReport(NamedTuple):
     step: int
     learning_rate: float
     report: torch.Tensor  # on the device
-    ready: SimpleQueue  # of the time at which the report was ready
+    ready: SimpleQueue  # receives the time at which the report is ready
     pause: bool  # whether an evaluation or a checkpoint follows
-    host: float  # the clock's host and compile seconds at the end of this step
-    compile: float
+    host: float  # Clock.host at the end of this step
+    compile: float  # Clock.compile at the end of this step
 
 
 class TrainingLog:
@@ -96,8 +98,8 @@ class TrainingLog:
 
     def __init__(self, config, checkpoint, first_step, flops_per_token):
         """Begins with the rows in the checkpoint that the run continues from (None for a new run).
-        Rows that a killed run logged after its last checkpoint are dropped: their steps come again.
-        """
+        Rows that a killed run logged after its last checkpoint are dropped: their steps come
+        again."""
         self.config, self.first_step = config, first_step
         self.flops_per_token = flops_per_token
         self.is_writer = xr.global_ordinal() == 0
@@ -109,7 +111,8 @@ class TrainingLog:
                         dynamic_ncols=True, disable=not (self.is_writer and sys.stderr.isatty()))
         self.pending = None
         self.clock, self.row_step, self.row_times = Clock(), first_step, Times(0.0, 0.0, 0.0)
-        self.last_read, self.longest_interval = math.inf, 0.0  # between two reads, in seconds
+        # Seconds between two reports. (inf: the first one ends no interval.)
+        self.last_ready, self.longest_interval = math.inf, 0.0
         self.stopping, self.diverged = False, ""
 
     def step_begins(self):
@@ -139,8 +142,8 @@ class TrainingLog:
         loss, grad_norm, skipped, in_a_row, stops = pending.report.cpu().tolist()
         finished = pending.ready.get()
         self.clock.step_finished(finished, pending.pause)
-        self.longest_interval = max(self.longest_interval, finished - self.last_read)
-        self.last_read = finished
+        self.longest_interval = max(self.longest_interval, finished - self.last_ready)
+        self.last_ready = finished
         if pending.step == 1 or due(pending.step, self.config.log_every, self.config):
             self.write_training_row(pending, loss, grad_norm, int(skipped))
         if in_a_row > self.config.max_skipped:
@@ -190,7 +193,7 @@ class TrainingLog:
                 self.write_all()
         except OSError as error:
             self.say(f"warning: step {row['step']} is not in {self.path}: {error}; "
-                     "training goes on")
+                     "training continues")
         self.say(f"step {row['step']:6d}/{self.config.max_steps} | {line.format(**row)}")
 
     def write_all(self):
@@ -213,4 +216,4 @@ class TrainingLog:
             raise UserError(self.diverged)
         if step < self.config.max_steps:
             flag = "" if self.config.resume == "auto" else " with --resume=auto"
-            self.say(f"stopped after step {step}; to go on: the same command{flag}")
+            self.say(f"stopped after step {step}; to resume, run the same command{flag}")

@@ -1,7 +1,8 @@
-"""`data.py prepare`: text -> shards.
+"""`data.py prepare`: writes token shards from text.
 
-The main process reads documents and writes ids. A pool of processes decodes, splits and encodes.
-(Threads would not do: turning SentencePiece's ids into an array holds the interpreter's lock.)
+The main process reads documents and writes token ids. A pool of processes decodes, splits and
+encodes the documents. (Threads would not help: converting SentencePiece's ids to an array holds the
+GIL.)
 """
 import collections
 import hashlib
@@ -41,7 +42,7 @@ class ShardWriter:
     def __init__(self, directory, split, shard_tokens):
         self.directory, self.split, self.shard_tokens = directory, split, shard_tokens
         self.sizes = [0]  # of each shard, in tokens
-        self.documents = self.bytes = 0
+        self.documents = self.bytes = 0  # of the split; the bytes are those of the text
 
     def path(self, i):
         return self.directory / f"{self.split}_{i:05d}.bin"
@@ -59,7 +60,7 @@ class ShardWriter:
     def close(self):
         """Flushes the shards to the disk. Returns the split's entry in meta.json."""
         if len(self.sizes) > 1 and self.sizes[-1] < self.shard_tokens // 100:
-            self.merge_last_two()  # the last one may be too short for a window
+            self.merge_last_two()  # the last shard may be too short for a window
         for i in range(len(self.sizes)):
             fsync(self.path(i))
         shards = [{"file": self.path(i).name, "tokens": size} for i, size in enumerate(self.sizes)]
@@ -75,21 +76,21 @@ class ShardWriter:
 
 
 class Encoded(NamedTuple):
-    """A batch's documents of one split."""
-    ids: np.ndarray  # bos + ids + eos of each document, one after the other
+    """The documents of a batch that belong to one split, encoded."""
+    ids: np.ndarray  # bos + ids + eos of each document, joined
     documents: int
-    bytes: int  # of their text
+    bytes: int  # length of their text
 
 
 class Encoder:
-    """The state of a process of the pool."""
+    """Encodes batches of documents. Each process of the pool has one, in Encoder.current."""
 
     def __init__(self, tokenizer, val_fraction, text_key):
         self.processor = load_tokenizer(tokenizer)
         self.val_fraction, self.text_key = val_fraction, text_key
 
     def __call__(self, batch):
-        """{split: Encoded} of a list of RawDocuments. Blank documents are dropped."""
+        """Encodes a list of RawDocuments. Returns {split: Encoded}. Drops blank documents."""
         splits = {split: [] for split in SPLITS}
         for document in batch:
             text = document_text(document, self.text_key)
@@ -105,7 +106,7 @@ class Encoder:
 
     @classmethod
     def start(cls, *arguments):
-        """Called once in each process."""
+        """Called once in each process of the pool, when it starts."""
         exit_with_parent()
         cls.current = cls(*arguments)
 
@@ -115,10 +116,10 @@ class Encoder:
 
 
 def encode_files(files, tokenizer, writers, val_fraction, text_key, processes):
-    """Encodes all documents into the writers, in the order of the files.
+    """Encodes all documents of the files and appends them to writers, {split: ShardWriter}.
 
-    Memory is bounded: at most three batches per process are in progress. Results are written in the
-    order in which they were submitted."""
+    Results are written in the order in which they were submitted, so the shards do not depend on
+    the number of processes. At most three batches per process are in progress, to bound memory."""
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), Encoder.start,
                                (tokenizer, val_fraction, text_key))
     in_progress = collections.deque()
@@ -134,7 +135,7 @@ def encode_files(files, tokenizer, writers, val_fraction, text_key, processes):
             for batch in batches(files, text_key, progress):
                 if len(in_progress) == 3 * processes:
                     write_oldest()
-                with signals_blocked(signal.SIGINT):  # submit starts the processes
+                with signals_blocked(signal.SIGINT):  # submit starts processes; we handle Ctrl-C
                     in_progress.append(pool.submit(Encoder.encode, batch))
             while in_progress:
                 write_oldest()
@@ -189,7 +190,7 @@ def prepare(inputs, tokenizer, out, vocab_size=None, val_fraction=0.005,
 
 
 def open_or_train(tokenizer, files, vocab_size, val_fraction, text_key):
-    """The tokenizer's processor. If the file does not exist, it is trained first."""
+    """Loads the tokenizer. If the file does not exist, trains it first."""
     if not tokenizer.exists():
         if vocab_size is None:
             raise UserError(f"--tokenizer {tokenizer} does not exist; "

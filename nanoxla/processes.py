@@ -23,8 +23,7 @@ def call_in_new_process(function, *arguments, environment=()):
 
 def exit_with_parent():
     """Called in a spawned process: makes it exit when its parent ends, even by kill -9. Otherwise
-    it
-    would work on unseen, and hold the TPU."""
+    it would keep running unnoticed, and hold the TPU."""
     def watch():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -37,8 +36,8 @@ def signals_blocked(*signals):
 
     Ctrl-C in a terminal sends SIGINT to every process of the foreground group. A new thread or
     process inherits the set of blocked signals, so blocking them here is enough."""
-    # Python starts its resource tracker at the first spawn, and unblocks the signals again when it
-    # does. Start it now instead.
+    # Python starts its resource tracker at the first spawn, which unblocks the signals. Start it
+    # now instead.
     multiprocessing.resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:

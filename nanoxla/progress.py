@@ -1,10 +1,10 @@
-"""A progress bar with the time left on a terminal; plain lines in a file or a pipe."""
+"""On a terminal a progress bar with the time left; in a file or a pipe plain lines."""
 import sys
 import threading
 
 from tqdm import tqdm
 
-# By default tqdm makes a semaphore that is shared between processes. A process that ends at once
+# By default tqdm makes a semaphore that is shared between processes. A process that exits abruptly
 # would leave it behind, and Python would report a leak. A lock between threads is enough here.
 tqdm.set_lock(threading.RLock())
 

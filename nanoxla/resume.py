@@ -5,11 +5,10 @@ import itertools
 import sys
 from pathlib import Path
 
-from nanoxla.shards import tokenizer_path
-
 from nanoxla.checkpoint import find_checkpoint, list_checkpoints, read_state, verify
 from nanoxla.errors import UserError
 from nanoxla.files import sha256
+from nanoxla.shards import tokenizer_path
 
 
 def checkpoint_to_resume(config, data_sha256):
@@ -42,8 +41,7 @@ def checkpoint_to_resume(config, data_sha256):
 
 def newest_undamaged(out_dir):
     """The newest checkpoint of the run in out_dir that passes verify (None if there is none at
-    all),
-    and {newer checkpoint: its damage}. Raises UserError if all of them are damaged."""
+    all), and {newer checkpoint: its damage}. Raises UserError if all of them are damaged."""
     damaged = {}
     for checkpoint in reversed(list_checkpoints(out_dir)):
         try:
@@ -63,7 +61,7 @@ def set_aside(checkpoint, reason):
     names = (f"{checkpoint.name}.set_aside{i or ''}" for i in itertools.count())
     aside = next(path for path in map(checkpoint.with_name, names) if not path.exists())
     checkpoint.rename(aside)
-    print(f"warning: {reason}; renamed to {aside.name}, continuing from the one before",
+    print(f"warning: {reason}; renamed to {aside.name}, continuing from the previous one",
           file=sys.stderr)
 
 
@@ -83,7 +81,7 @@ def check_same_run(config, data_sha256, checkpoint):
         changes.append(f"the training data was {saved['train_glob']} in {saved['data_dir']}, is "
                        f"{config.train_glob} in {config.data_dir} and differs")
     if tokenizer and state["tokenizer"] and sha256(tokenizer) != state["tokenizer_sha256"]:
-        changes.append(f"the tokenizer was not {tokenizer}")
+        changes.append(f"the tokenizer differs from {tokenizer}")
     if changes:
         raise UserError(f"{checkpoint} belongs to another run: {'; '.join(changes)}. "
                         "Undo these changes, or choose another out_dir")

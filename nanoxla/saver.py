@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from nanoxla.shards import tokenizer_path
 
 from nanoxla.checkpoint import describe, list_checkpoints, load_tensors, read_state, write
 from nanoxla.errors import UserError
 from nanoxla.files import fsync
+from nanoxla.shards import tokenizer_path
 
 
 def tensors_to_save(model, optimizer):
@@ -32,9 +32,9 @@ def restore(checkpoint, model, optimizer):
         if file == "optimizer" and state["step"] == 0:
             continue
         saved = load_tensors(checkpoint, file)
-        if strange := tensors.keys() ^ saved.keys():
+        if different := tensors.keys() ^ saved.keys():
             raise UserError(f"{checkpoint}/{file}.safetensors lacks, or should not have, "
-                            f"{min(strange)}")
+                            f"{min(different)}")
         for key, tensor in tensors.items():
             tensor.copy_(saved[key])
     return state["step"]
@@ -50,10 +50,10 @@ class Saver:
         """resumed: the checkpoint that the run continues from, or None. log: a TrainingLog."""
         self.config, self.data_sha256, self.log = config, data_sha256, log
         self.directory = Path(config.out_dir, "checkpoints")
-        self.thread, self.job = ThreadPoolExecutor(1), None
-        self.host = {}  # {file: {key: tensor}} in the host's memory, allocated once
-        # Seconds of the longest save. The first guess is 12 bytes a parameter (a weight and its two
-        # moments) at 100 MB/s.
+        self.executor, self.job = ThreadPoolExecutor(1), None
+        self.host_tensors = {}  # {file: {key: tensor}} in the host's memory, allocated once
+        # The longest save so far, in seconds. The first guess is 12 bytes per parameter (a weight
+        # and two moments) at 100 MB/s.
         self.longest_save = num_parameters * 12 / 100e6
         self.tokenizer = None  # the bytes of tokenizer.model
         if log.is_writer:
@@ -73,21 +73,21 @@ class Saver:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, step, model, optimizer, last):
-        """Starts to save the checkpoint of `step` finished steps. A failed save is reported, and
-        training goes on; after the `last` one `wait` raises instead."""
+        """Starts saving the checkpoint after `step` steps. If a save fails, that is reported and
+        training continues; if the `last` one fails, `wait` raises UserError."""
         if not self.log.is_writer:
             return
         started = time.perf_counter()
-        self.wait()  # the save before still reads self.host
+        self.wait()  # the previous save may still be reading self.host_tensors
         waited = time.perf_counter() - started
         for file, tensors in tensors_to_save(model, optimizer).items():
-            if file not in self.host:
-                self.host[file] = {key: torch.empty(p.shape) for key, p in tensors.items()}
+            if file not in self.host_tensors:
+                self.host_tensors[file] = {key: torch.empty(p.shape) for key, p in tensors.items()}
             for key, tensor in tensors.items():
-                self.host[file][key].copy_(tensor.detach())
+                self.host_tensors[file][key].copy_(tensor.detach())
         copied = time.perf_counter() - started - waited
         metrics = bytes(self.log.rows)
-        self.job = self.thread.submit(self.write, step, metrics, last, started, waited, copied)
+        self.job = self.executor.submit(self.write, step, metrics, last, started, waited, copied)
 
     def write(self, step, metrics, last, started, waited, copied):
         """The part of a save that runs in the thread."""
@@ -98,19 +98,19 @@ class Saver:
         tokens = step * config.batch_size * config.context
         state = describe(step, tokens, config, self.data_sha256, self.tokenizer)
         try:
-            write(directory, self.host, others, state)
+            write(directory, self.host_tensors, others, state)
         except (OSError, UserError) as error:
             newest = (list_checkpoints(config.out_dir) or ["none"])[-1]
-            message = f"step {step} is not saved: {error}; the newest checkpoint is {newest}"
+            message = f"step {step} was not saved: {error}; the newest checkpoint is {newest}"
             if last:
                 raise UserError(message) from None
-            return self.log.say(f"warning: {message}; training goes on")
+            return self.log.say(f"warning: {message}; training continues")
         seconds = time.perf_counter() - started
         self.longest_save = max(self.longest_save, seconds)
         self.log.say(f"saved {directory} in {seconds:.1f} s; training waited {waited:.2f} s for "
-                     f"the save before and {copied:.2f} s for the copy from the device")
-        in_a_row = self.host["optimizer"]["skipped"][1]
-        if in_a_row == 0:  # else the run may be diverging, and an older checkpoint may be needed
+                     f"the previous save and {copied:.2f} s for the copy from the device")
+        in_a_row = self.host_tensors["optimizer"]["skipped"][1]
+        if in_a_row == 0:  # otherwise the run may be diverging, and an older checkpoint be needed
             for old in list_checkpoints(config.out_dir)[:-config.keep_checkpoints]:
                 self.remove(old)
 
@@ -120,7 +120,7 @@ class Saver:
         try:
             shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.removed")))
         except OSError as error:
-            self.log.say(f"warning: {checkpoint} can't be deleted: {error}; training goes on")
+            self.log.say(f"warning: {checkpoint} can't be deleted: {error}; training continues")
 
     def wait(self):
         """Waits until the save in progress is on the disk. Raises if it was the last and failed."""

@@ -17,24 +17,26 @@ from nanoxla.progress import Progress
 TOKEN_DTYPE = np.dtype("<u2")
 MAX_VOCAB_SIZE = 65_536  # the number of different uint16 ids
 SCAN_TOKENS = 1 << 23  # tokens that a scan holds in memory: 16 MB
-META_FORMAT = 1
+META_FORMAT = 1  # the version of meta.json
 
 
 def find_shards(data_dir, pattern):
-    """The sorted paths that match data_dir/pattern: at least one, or UserError."""
+    """The sorted paths that match data_dir/pattern. Raises UserError if there is none."""
     if not os.path.isdir(data_dir):
         raise UserError(f"{data_dir} is not a directory; python data.py prepare makes one with "
                         "shards in it")
     paths = sorted(Path(data_dir).glob(pattern))
     if not paths:
         raise UserError(f"no file matches {pattern} in {data_dir}; python data.py prepare writes "
-                        "train_*.bin and val_*.bin (with eval_every=0, only the former are needed)")
+                        "train_*.bin and val_*.bin (eval_every=0 needs no val_*.bin)")
     return paths
 
 
 def open_shard(path):
-    """A memory map of the ids. The operating system reads a page when it is touched, shares it
-    between the cores, and drops it when memory is short."""
+    """A memory map of a shard's token ids. Raises UserError if the file cannot be a shard.
+
+    The operating system reads a page from the disk when it is first used, shares it between all
+    processes, and drops it when memory is short."""
     size = os.path.getsize(path)
     if size == 0:
         raise UserError(f"{path} is empty")
@@ -55,8 +57,8 @@ def out_of_vocabulary(path, offset, token, vocab_size):
 
 
 def first_out_of_vocabulary(path, offset, ids, vocab_size):
-    """The error for the first of `ids`, which begin at `offset` of the shard, that is not below
-    vocab_size. None if all are."""
+    """The error for the first id in `ids` that is not below vocab_size, or None. `ids` begin at
+    `offset` of the shard."""
     if ids.max() < vocab_size:
         return None
     first = int(np.argmax(ids >= vocab_size))
@@ -65,8 +67,7 @@ def first_out_of_vocabulary(path, offset, ids, vocab_size):
 
 def scan(paths, description):
     """Yields (path, offset, ids) over all tokens of all shards, SCAN_TOKENS at a time, and shows
-    its
-    progress."""
+    its progress."""
     shards = [open_shard(path) for path in paths]
     with Progress(sum(len(shard) for shard in shards), "token", description) as progress:
         for path in paths:
@@ -81,7 +82,7 @@ def scan(paths, description):
 
 def check_token_ids(paths, vocab_size):
     """Raises UserError for the first id that is not below vocab_size. XLA would silently replace it
-    by the last id. Shards that `prepare` wrote for such a vocabulary are not read."""
+    with the last id. Skips shards that `prepare` wrote, if its vocabulary was not larger."""
     unknown = [path for path in paths if not written_by_prepare(path, vocab_size)]
     for path, offset, ids in scan(unknown, "checking token ids"):
         if error := first_out_of_vocabulary(path, offset, ids, vocab_size):
@@ -92,7 +93,8 @@ def check_token_ids(paths, vocab_size):
 
 
 def read_meta(directory):
-    """The meta.json that `prepare` wrote into a directory; {} if there is none, or another's."""
+    """The meta.json that `prepare` wrote into a directory; {} if there is none, or if another
+    program wrote it."""
     path = Path(directory) / "meta.json"
     if not path.exists():
         return {}

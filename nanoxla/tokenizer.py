@@ -18,13 +18,13 @@ from nanoxla.files import write_file
 from nanoxla.progress import Progress
 from nanoxla.shards import MAX_VOCAB_SIZE
 
-SAMPLE_BYTES = 100 << 20  # train on a sample of about this size, as measured in the files
+SAMPLE_BYTES = 100 << 20  # train on about this much of the files (compressed, if they are)
 
 
 def load_tokenizer(path, vocab_size=None):
-    """The SentencePieceProcessor of a model file. Raises UserError if shards cannot be written with
-    it, or if it does not fit a model with vocab_size ids. (vocab_size may exceed the tokenizer's
-    size by up to 127, for padding to a multiple of 128.)"""
+    """The SentencePieceProcessor of a model file. Raises UserError if it cannot write shards, or if
+    it does not fit a model with vocab_size ids. (vocab_size may exceed the size of the tokenizer by
+    up to 127, for padding to a multiple of 128.)"""
     if not Path(path).is_file():
         raise UserError(f"there is no tokenizer {path}")
     try:
@@ -46,8 +46,9 @@ def load_tokenizer(path, vocab_size=None):
 def train_tokenizer(path, files, vocab_size, val_fraction, text_key):
     """Trains a SentencePiece BPE model on a sample of the training split, and writes it to `path`.
 
-    The options are Llama's: no normalisation, bytes for unknown characters, single digits. So
-    decode(encode(text)) == text, except for the character U+2581, SentencePiece's sign for a space.
+    The options are Llama's: no normalisation, byte fallback for unknown characters, numbers split
+    into digits. So decode(encode(text)) == text, except for U+2581, SentencePiece's sign for a
+    space.
     """
     share = SAMPLE_BYTES / max(1, total_size(files))
     raised = []

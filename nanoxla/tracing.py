@@ -5,15 +5,15 @@ import torch
 from torch_xla.experimental.assume_pure import assume_pure_torch
 
 
-@torch.no_grad()  # assume_pure_torch requires it: its results have no backward pass
+@torch.no_grad()  # assume_pure_torch requires it: its results cannot be differentiated
 def trace_once(function, depends_on):
     """A faster `function`, for XLA tensors. The first call traces it, which records hundreds of
     operations. Each later call records a single operation that refers to the trace.
 
     That is only correct for a pure function: whatever changes from call to call must be an argument
-    and a tensor, and whatever it computes must be returned. A Python number that it reads elsewhere
-    keeps the value of the first call. depends_on: everything of that kind. Traces are cached by the
-    function's name, so the name is made to cover it."""
+    and a tensor, and whatever it computes must be returned. A Python value that it reads elsewhere
+    is frozen at the first call. depends_on: all such values. Traces are cached by the function's
+    name, so a hash of depends_on is added to the name."""
     def pure(*tensors):
         return function(*tensors)
 

@@ -13,7 +13,7 @@ import pytest
 
 os.environ |= {"PJRT_DEVICE": "CPU", "JAX_PLATFORMS": "cpu"}  # before torch_xla or jax is imported
 # In a background job of a script SIGINT is ignored, and child processes inherit that. With a
-# handler here, children start with the default instead, as in a terminal.
+# handler here, children start with the default action instead, as in a terminal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
@@ -25,7 +25,7 @@ from nanoxla.errors import run_command
 from nanoxla.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)  # the workers of pytest-xdist share the processors
-torch_xla.device()  # autograd counts the devices at its first backward: the XLA device must exist
+torch_xla.device()  # autograd counts the devices in its first backward pass: this one must exist
 ROOT = Path(__file__).parent.parent
 
 TINY = dict(vocab_size=64, dim=32, n_layers=2, n_heads=2, hidden_dim=48, context=16, batch_size=16,
@@ -151,7 +151,8 @@ def uninterrupted(tiny, tmp_path_factory):
 
 @pytest.fixture
 def cut_short(uninterrupted, tmp_path):
-    """A copy of that out_dir, as a kill after step 11 would leave it: without step 12."""
+    """A copy of that out_dir, as if the run had been killed before the checkpoint of step 12 was
+    complete."""
     shutil.copytree(uninterrupted, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step_00000012")
     return tmp_path / "run"
@@ -160,8 +161,7 @@ def cut_short(uninterrupted, tmp_path):
 @pytest.fixture(scope="session")
 def trained(tiny, tmp_path_factory):
     """The out_dir of a short run with a tokenizer of 300 tokens. Its byte tokens can spell any
-    text.
-    """
+    text."""
     out_dir = tmp_path_factory.mktemp("trained")
     text, tokenizer = out_dir / "text.txt", out_dir / "tokenizer.model"
     line = "we the people of the united states, in order to form a more perfect union\n"

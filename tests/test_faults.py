@@ -46,8 +46,8 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(tiny, cut_short):
                     preexec_fn=limit_file_size(50_000))  # enough for metrics.jsonl, not for tensors
     code, out, err = ended(process)
     assert code == 2 and "Traceback" not in err
-    reason = r"is not saved: .*File too large.*; the newest checkpoint is .*step_00000008"
-    assert re.search(f"warning: step 10 {reason}; training goes on", out)
+    reason = r"was not saved: .*File too large.*; the newest checkpoint is .*step_00000008"
+    assert re.search(f"warning: step 10 {reason}; training continues", out)
     assert re.search(f"error: step 12 {reason}$", err.strip())
     kept = [path.name for path in (cut_short / "checkpoints").iterdir()]
     assert kept == ["step_00000008"]
@@ -60,8 +60,8 @@ def test_a_read_only_directory_costs_checkpoints_but_not_the_run(tiny, uninterru
                "--checkpoint_every=2")
     code, out, err = ended(start(*command, preexec_fn=obey_permissions))
     assert code == 2 and "Traceback" not in err
-    assert "warning: step 10 is not saved: [Errno 13] Permission denied" in out
-    assert "error: step 12 is not saved" in err
+    assert "warning: step 10 was not saved: [Errno 13] Permission denied" in out
+    assert "error: step 12 was not saved" in err
     (cut_short / "checkpoints").chmod(0o755)
     train_here(*command[1:])
     assert outcome(cut_short) == outcome(uninterrupted)
@@ -93,7 +93,7 @@ def test_rows_that_could_not_be_written_are_written_later(tiny, tmp_path, capsys
     assert losses == [(1, 1.0), (2, 1.0), (3, None)]
 
 
-class SilentLog:
+class RecordingLog:
     """Stands in for TrainingLog: keeps what the saver says."""
 
     def __init__(self):
@@ -106,7 +106,7 @@ def save(tiny, tmp_path):
     """save(step) saves and waits. save.said: what the saver said."""
     config = dataclasses.replace(train.load_config(tiny), out_dir=str(tmp_path),
                                  keep_checkpoints=1)
-    model, log = Llama(config, seed=0), SilentLog()
+    model, log = Llama(config, seed=0), RecordingLog()
     optimizer = AdamW(model.parameters(), config)
     saver = Saver(config, num_parameters(config)[0], None, "", log)
 
@@ -126,7 +126,7 @@ def test_a_checkpoint_removed_before_it_is_complete_gets_no_name(save, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "state_bytes", remove_first)
         save(2)
-    assert "warning: step 2 is not saved" in save.said[-1]
+    assert "warning: step 2 was not saved" in save.said[-1]
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000001"]
     verify(tmp_path / "checkpoints/step_00000001")
 
@@ -149,8 +149,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_reported(save, tmp_path, mo
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_update_that_is_not_finite_is_skipped_in_the_graph(where, value):
     """Weights and moments keep their bits, the count rises, nothing is compiled, and the next
-    update
-    happens."""
+    update happens."""
     device, draw = torch_xla.device(), torch.Generator().manual_seed(0)
     config = Config(**TINY | {"batch_size": 2, "dtype": "bfloat16"})
     model = Llama(config, seed=0).to(device)

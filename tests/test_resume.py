@@ -113,8 +113,8 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
         tiny, uninterrupted, tmp_path, capsys, train_fails, damage):
     shutil.copytree(uninterrupted, tmp_path / "run")
     before, damaged = list_checkpoints(tmp_path / "run")
-    do, expected = DAMAGES[damage]
-    do(damaged)
+    inflict, expected = DAMAGES[damage]
+    inflict(damaged)
     message = train_fails(tiny, f"--out_dir={tmp_path / 'run'}", f"--resume={damaged}")
     assert str(damaged) in message and expected in message
     config = dataclasses.replace(train.load_config(tiny), out_dir=str(tmp_path / "run"))
@@ -122,7 +122,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     assert checkpoint_to_resume(config, fingerprint) == before
     warning = capsys.readouterr().err
     assert expected in warning
-    assert "renamed to step_00000012.set_aside, continuing from the one before" in warning
+    assert "renamed to step_00000012.set_aside, continuing from the previous one" in warning
     assert damaged.with_name("step_00000012.set_aside").exists()
 
 

@@ -36,7 +36,7 @@ if __name__ == "__main__":
 
 
 def test_a_run_stopped_in_every_way_ends_like_an_uninterrupted_one(tiny, tmp_path):
-    """Each stop saves, says how to go on, and exits with 0. Then the same command goes on."""
+    """Each stop saves, says how to resume, and exits with 0. Then the same command resumes."""
     common = "--max_steps=80", "--micro_batch_size=4", "--eval_every=20", "--keep_checkpoints=1"
     (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT)))
     out_dir = tmp_path / "stopped"
@@ -46,7 +46,7 @@ def test_a_run_stopped_in_every_way_ends_like_an_uninterrupted_one(tiny, tmp_pat
     def stopped(process, at_least):
         code, out, err = ended(process)
         assert code == 0 and "Traceback" not in err, err
-        note = r"stopped after step (\d+); to go on: the same command$"
+        note = r"stopped after step (\d+); to resume, run the same command$"
         step = int(re.search(note, out, re.MULTILINE)[1])
         assert [path.name for path in list_checkpoints(out_dir)] == [f"step_{step:08d}"]
         assert at_least <= step < 80
@@ -100,7 +100,7 @@ def test_ctrl_c_saves_even_if_it_ends_the_reader_of_the_output(tiny, tmp_path):
 
 
 def test_no_worker_outlives_its_parent(tiny, tmp_path):
-    """It would hold the TPU."""
+    """An orphan would hold the TPU."""
     process = start("train.py", tiny, f"--out_dir={tmp_path}", "--max_steps=100000")
     wait_for_line(process, "step")
     process.kill()
@@ -108,8 +108,8 @@ def test_no_worker_outlives_its_parent(tiny, tmp_path):
 
 
 def test_max_hours_leaves_time_to_save(tiny, tmp_path):
-    """Twice the time of a save and between two reports. Here that is short, so the run uses nearly
-    all of its 13 seconds."""
+    """The run reserves twice the sum of its longest save and its longest time between two reports.
+    Here that is short, so it uses nearly all of its 13 seconds."""
     started = time.monotonic()
     code, out, err = run("train.py", tiny, f"--out_dir={tmp_path}", "--max_steps=100000",
                          "--max_hours=0.0036")
@@ -133,8 +133,8 @@ def worker(index, mode, stop_requested):
     os.write(1, b"here\\n")  # in one piece: print might mix the lines of two workers
     while not os.path.exists(__file__ + ".go"):
         time.sleep(0.01)
-    if index == 0 and "deaf" in mode:
-        ctypes.PyDLL(None).sleep(30)  # holds the interpreter's lock
+    if index == 0 and "holds the GIL" in mode:
+        ctypes.PyDLL(None).sleep(30)  # holds the GIL
     if index == 1 and "raises" in mode:
         raise RuntimeError("the first failure")
     if index == 1 and mode == "is killed":
@@ -187,8 +187,8 @@ def test_a_failing_core_ends_all_even_if_its_message_cannot_be_printed(workers):
     assert process.wait(timeout=8) == 1
 
 
-def test_a_core_that_holds_the_interpreters_lock_is_ended_too(workers):
-    process, started = workers("raises beside a deaf one"), time.monotonic()
+def test_a_core_that_holds_the_gil_is_ended_too(workers):
+    process, started = workers("raises beside one that holds the GIL"), time.monotonic()
     assert ended(process)[0] == 1 and time.monotonic() - started < 8
 
 

@@ -71,7 +71,7 @@ def test_the_reference_run_is_one_epoch():
 # --- the optimiser and the step -----------------------------------------------------------------
 
 
-def test_adamw_equals_torchs_after_clip_grad_norm():
+def test_adamw_equals_torch_adamw_after_clip_grad_norm():
     config = Config(learning_rate=1e-2, warmup_steps=5, max_steps=20, weight_decay=0.2,
                     grad_clip=0.5, beta1=0.8, beta2=0.95)
     draw = torch.Generator().manual_seed(0)
@@ -123,9 +123,9 @@ def counters():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_graph_for_400_steps_and_nothing_read(dtype):
-    """Through warm-up, decay, a learning rate of 0, and step 324, where 1 - 0.95^t becomes 1.0 in
-    float32. A Python number that becomes 0 or 1 would change the graph."""
+def test_400_steps_compile_nothing_new_and_read_nothing(dtype):
+    """Through warm-up, decay, a learning rate of 0, and step 324, where sqrt(1 - 0.95^325) becomes
+    1.0 in float32. A Python number that becomes 0 or 1 would change the graph."""
     config = Config(**TINY | {"batch_size": 2, "max_steps": 400, "warmup_steps": 50, "dtype": dtype,
                               "beta2": 0.95})
     # Step 400 is one past the end: its learning rate is 0.
@@ -223,8 +223,7 @@ class SimulatedReport:
 def test_speeds_are_right_whichever_waits(tiny, tmp_path, monkeypatch, log_every, host_s,
                                           device_s):
     """With an evaluation and a checkpoint every 4 steps. The first step after these takes host_s
-    and
-    device_s, since nothing overlaps; the others take the larger of the two."""
+    and device_s, since nothing overlaps; the others take the larger of the two."""
     config = dataclasses.replace(load_config(tiny), out_dir=str(tmp_path), log_every=log_every,
                                  eval_every=4, checkpoint_every=4, max_steps=14)
     monkeypatch.setattr(log, "on_ready_callback", SimulatedReport.call_when_ready)
@@ -312,10 +311,10 @@ def test_a_new_key_takes_one_line(tmp_path):
     class Extended(Config):
         label_smoothing: float = nanoxla.config.key(0.1, "share of the others", train.BELOW_ONE)
 
-    assert "share of the others (from 0 to below 1)" in help_of(Extended)["label_smoothing"]
+    assert "share of the others (at least 0 and below 1)" in help_of(Extended)["label_smoothing"]
     path = write_config(tmp_path / "config.py", label_smoothing=0.2)
     assert nanoxla.config.load(Extended, path).label_smoothing == 0.2
-    with pytest.raises(train.UserError, match="label_smoothing = 1.0, expected from 0 to below 1"):
+    with pytest.raises(train.UserError, match="= 1.0, expected at least 0 and below 1"):
         nanoxla.config.load(Extended, path, ["--label_smoothing=1"])
 
 
@@ -325,7 +324,7 @@ def test_a_new_key_takes_one_line(tmp_path):
     ("--max_steps=1.5", "max_steps = '1.5', expected int"),
     ("--learning_rate=nan", "learning_rate = nan, expected more than 0"),
     ("--learning_rate=-1", "learning_rate = -1.0, expected more than 0"),
-    ("--beta2=1", "beta2 = 1.0, expected from 0 to below 1"),
+    ("--beta2=1", "beta2 = 1.0, expected at least 0 and below 1"),
     ("--dtype=float16", "dtype = 'float16', expected bfloat16 or float32"),
     ("--attention=flash",
      "attention = 'flash' runs on a TPU and this is a CPU; use --attention=math"),
