@@ -298,7 +298,7 @@ def worker(config, checkpoint, deadline, stop_requested):
 
     A run compiles six graphs, whatever its length: (1) the zeros of moments and gradients (weights
     are uploaded, not computed) and (2) check_all_cores_start_at; (3) a micro-batch and (4) the
-    update, in train_step; (5) a micro-batch without gradients and (6) the mean loss, in evaluate."""
+    update, in train_step; (5) a micro-batch without gradients and (6) the mean, in evaluate."""
     rank, cores, device = xr.global_ordinal(), xr.world_size(), torch_xla.device()
     check_batch_size(config, cores)
 
