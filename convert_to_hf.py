@@ -2,7 +2,7 @@
 
     python convert_to_hf.py                      # the newest run under out/, into its hf/
     python convert_to_hf.py --checkpoint out/demo --output demo-hf --dtype bfloat16
-    python convert_to_hf.py --from-hf TinyLlama --output out/tiny
+    python convert_to_hf.py --from-hf path/to/TinyLlama --output out/tiny
 
 model.py computes exactly what Hugging Face's LlamaForCausalLM computes, down to the rotary
 embedding. So converting the weights only renames them:
@@ -19,7 +19,8 @@ The config is renamed too: dim is hidden_size, n_layers is num_hidden_layers, an
 below has the whole table.
 
 transformers, lm-evaluation-harness, vLLM and llama.cpp read the directory. Writing it needs none of
-them. What one side cannot express exactly is refused, never approximated.
+them. A model that the other side cannot express exactly is refused, never approximated. A tokenizer
+that it cannot express is left out, with a warning.
 
 --from-hf writes a run with a single checkpoint, of step 0. `sample.py --checkpoint out/tiny`
 samples from it, and `train.py CONFIG --resume=out/tiny` trains it further. nanoxla/hf_directory.py

@@ -6,8 +6,9 @@
 A shard is a headerless file of little-endian uint16 token ids. All shards together form a ring of
 tokens: the last is followed by the first. An epoch cuts the ring into windows of `context` tokens,
 beginning at a random origin, and reads each window once, in a random order. (It reads one token
-more for each: the target of the last position.) As an example, two shards of 20 and 23 tokens,
-context = 4, seed = 0. Each character is one token: a letter names its shard, a digit its window.
+more for each: the target of the last position.) As an example, take two shards of 20 and 23 tokens,
+context = 4, seed = 0. Each character is one token: a letter names its shard, a digit its window,
+and a dot belongs to no window.
 
     shards    aaaaaaaaaaaaaaaaaaaabbbbbbbbbbbbbbbbbbbbbbb
     epoch 0   4455556666777788889999...000011112222333344   origin 25, order 4 3 9 5 0 7 1 8 6 2
@@ -76,7 +77,7 @@ def permute(numbers, size, keys):
 
 
 def splitmix64(x):
-    """A hash of uint64, below 2^32: the finaliser of SplitMix64
+    """A hash, uint64 -> uint64 below 2^32: the finaliser of SplitMix64
     (https://doi.org/10.1145/2714064.2660195). Only the upper half of its result is used: those bits
     are mixed best."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -85,8 +86,9 @@ def splitmix64(x):
 
 
 def window_starts(samples, num_tokens, context, seed):
-    """Where the samples [n] of a run start on the ring, as token positions [n]. Sample i is number
-    i % W of epoch i // W, where W = num_tokens // context is the number of windows."""
+    """Where windows start on the ring, as token positions [n]. samples [n]: their places in the
+    reading order of the run, from 0. Sample i is window number i % W of epoch i // W, where W =
+    num_tokens // context is the number of windows of an epoch."""
     num_windows = num_tokens // context
     epochs, positions = np.divmod(samples, num_windows)
     starts = np.empty(len(samples), np.int64)

@@ -177,11 +177,11 @@ class ShiftedCrossEntropy(torch.autograd.Function):
     pass over all logits, after the first has computed them.
 
     Our shift is known before the logits are: the logit of the target, a dot product of two vectors,
-    plus 16. XLA can then sum the exponentials while it computes the logits. The sum is never too
-    small: the target alone adds exp(-16). It overflows if a logit is 88 above the shift, since
-    exp(88) is the limit of float32. That logit is then 88 + 16 above the target, so the loss is
-    above 104. The mean is not finite, and the optimiser skips the update (see AdamW in
-    train.py).
+    plus 16 as headroom for larger logits. XLA can then sum the exponentials while it computes the
+    logits. The sum is never too small: the target alone adds exp(-16). It overflows if a logit is
+    88 above the shift, since exp(88) is the limit of float32. That logit is then 88 + 16 above the
+    target, so the loss is above 104. The mean is not finite, and the optimiser skips the update
+    (see AdamW in train.py).
     """
 
     @staticmethod
@@ -211,9 +211,9 @@ class KVCache:
 
     For XLA, shapes never change and the position is a tensor, so one graph serves every position.
     (The position has the shape [1]: torch_xla makes a 0 or 1 without dimensions a constant of the
-    graph, like a Python number.) Slots from `position` on hold stale values. No query sees them
-    before they are overwritten, so a prompt may be padded and `position` set back to its true
-    length."""
+    graph, like a Python number.) Slots from `position` on hold stale values, which no query sees
+    before they are overwritten. So a prompt may be padded: set `position` back to its true length,
+    and the padding is stale."""
 
     def __init__(self, config, batch_size, device, length=None):
         """length: the number of tokens to make room for. Default and maximum: the context."""
@@ -258,7 +258,7 @@ class Llama(nn.Module):
 
     def forward(self, tokens, targets=None, cache=None):
         """tokens [B, T]: ids below vocab_size. XLA silently clamps a larger id, so check the data
-        before.
+        first.
 
         With targets [B, T]: the mean cross-entropy in nats, a float32 scalar. Without: the logits
         [B, T, V]. With a cache, the tokens continue the cached text and are added to it."""

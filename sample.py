@@ -26,8 +26,8 @@ import time
 import warnings
 from pathlib import Path
 
-# torch then stores the weights in memory pages of 2 MB, which makes sampling 2 % faster. It reads
-# this variable while it is imported.
+# With this variable set, torch stores the weights in memory pages of 2 MB, which makes sampling 2 %
+# faster. torch reads it while it is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
@@ -49,8 +49,8 @@ def sample_token(logits, temperature, top_k, top_p, generator):
 
     temperature: divides the logits. Below 1, likely tokens become even likelier. 0 always takes the
     likeliest (greedy sampling). top_k: draw only among the top_k likeliest tokens; 0 means all.
-    top_p: of these, keep the fewest likeliest whose probabilities reach top_p (nucleus sampling,
-    https://arxiv.org/abs/1904.09751)."""
+    top_p: of these, keep only the likeliest, as few as have probabilities that add up to top_p
+    (nucleus sampling, https://arxiv.org/abs/1904.09751)."""
     if temperature == 0:
         return int(logits.argmax())
     logits, ids = logits.topk(min(top_k or len(logits), len(logits)))  # the likeliest first
@@ -93,10 +93,10 @@ class Decoder:
     and values of all tokens read so far, so the model computes each token only once.
 
     XLA compiles a graph for every new shape, which takes seconds. So an XLA device uses two shapes,
-    for any prompt and any length of text: a chunk of a prompt, [1, CHUNK], and a single token,
-    [1, 1]. The last chunk of a prompt is padded, and the cache is always as long as the context.
-    The position in the text is a tensor for the same reason. XLA would compile a Python number into
-    the graph as a constant, so each position would need a graph of its own.
+    for any prompt and any length of text: a chunk of a prompt, [1, CHUNK], and a single token, [1,
+    1]. The last chunk of a prompt is padded, and the cache is always as long as the context. The
+    position in the text is a tensor of shape [1] for the same reason: the Python numbers 0 and 1
+    would become constants, and each would need a graph of its own.
 
     The CPU runs each operation immediately, whatever its shape. There a prompt is not padded, and
     the cache is about as long as the text, because attention reads all of it. For a single token,
@@ -161,7 +161,7 @@ class Decoder:
     def compute(self, tokens, position, last):
         """The logits [V] of the token that follows tokens[:, last]. tokens [1, T]; position [1] of
         the first of them; last [1]."""
-        self.cache.position = position  # not after the padding, which the next call overwrites
+        self.cache.position = position  # back from the end of the padding, which is overwritten
         hidden = self.model.hidden(tokens, self.cache)  # [1, T, D]
         return self.model.lm_head(hidden.index_select(1, last))[0, 0]  # [V]
 
@@ -278,7 +278,7 @@ def parse_arguments():
     add("--top-k", type=int, default=50,
         help="draw among this many likeliest tokens; 0: among all (%(default)s)")
     add("--top-p", type=float, default=1.0,
-        help="draw among the fewest likeliest tokens that reach this probability (%(default)s)")
+        help="draw among the likeliest tokens, as few as add up to this probability (%(default)s)")
     add("--seed", type=int, default=0, help="seed of the first sample (%(default)s)")
     add("--num-samples", type=int, default=1,
         help="continuations of each prompt; their seeds count up from --seed (%(default)s)")

@@ -17,7 +17,7 @@ import sys
 
 from nanoxla.environment import check_environment, mend_environment, use_huge_pages
 
-mend_environment()  # before torch_xla is imported: it reads the environment once, now
+mend_environment()  # torch_xla reads the environment once, when it is imported below
 
 import math
 import time
@@ -78,11 +78,11 @@ class Config(ModelConfig):
     keep_checkpoints: int = session_key(2, "newest checkpoints to keep", at_least(1))
     max_hours: float = session_key(0.0, "stop early enough to finish saving within this many "
                                         "hours, counting start-up; 0: no limit", at_least(0))
-    max_skipped: int = session_key(10, "stop when more consecutive updates were skipped because "
-                                       "they were not finite; checked every log_every steps",
+    max_skipped: int = session_key(10, "stop if more than this many updates in a row were "
+                                       "skipped as not finite; checked every log_every steps",
                                    at_least(0))
     resume: str = session_key("auto", "auto: from the newest checkpoint in out_dir, if any | "
-                                      "never: refuse a used out_dir | a checkpoint's path")
+                                      "never: refuse a used out_dir | the path of a checkpoint")
 
     def __post_init__(self):
         super().__post_init__()
@@ -123,9 +123,9 @@ class AdamW(torch.optim.Optimizer):
     Why not torch.optim.AdamW? It keeps its hyper-parameters as Python numbers. torch_xla makes a
     Python number an input of the graph, except 0 and 1, which it makes constants. So a value that
     reaches 0 or 1 changes the graph, and the step is compiled again in the middle of the run: with
-    beta2 = 0.95 at step 324, where sqrt(1 - beta2^325) rounds to 1 in float32. Here, everything
-    that depends on the step comes in one small tensor, and the moments exist from the start: one
-    graph, whatever the step.
+    beta2 = 0.95 in the 325th step, where sqrt(1 - beta2^325) rounds to 1 in float32. Here,
+    everything that depends on the step comes in one small tensor, and the moments exist from the
+    start: one graph, whatever the step.
     """
 
     def __init__(self, parameters, config):
@@ -150,8 +150,8 @@ class AdamW(torch.optim.Optimizer):
         device. loss: the mean over all cores; only whether it is finite matters.
 
         xm.optimizer_step calls this after it has averaged the gradients over the cores. Clipping
-        has to come after the average: before it, each core would shrink its own gradient by
-        another factor."""
+        has to come after the average: before it, each core would shrink its own gradient by a
+        different factor."""
         config, parameters = self.config, self.param_groups[0]["params"]
         lr, correction1, correction2 = schedule.unbind()
         grad_norm = torch.stack([p.grad.square().sum() for p in parameters]).sum().sqrt()
@@ -225,11 +225,13 @@ class TracedModel:
     def accumulate_gradients(self, tokens):
         """Adds to loss_sum and to p.grad of every parameter.
 
-        The sums come back in reverse order for the sake of speed. XLA writes a result over the
-        first old input that has its shape. torch_xla lists the inputs from the last result's to the
-        first result's. So in reverse order each sum meets its own old gradient, and XLA adds in
-        place, which saves 6 % of a step. The sums live in this function only: whatever Python still
-        refers to at the sync becomes a result of the graph, with memory of its own."""
+        The traced function returns the sums of the gradients in reverse order, for speed only. For
+        each result of the graph, XLA reuses the memory of the first unused input of the same shape.
+        torch_xla lists the inputs in the opposite order to the results. So if the results are
+        reversed, each sum meets its own old gradient, and XLA adds in place: 6 % of a step.
+
+        The sums are local variables. Whatever Python still refers to at the sync becomes a result
+        of the graph with memory of its own, and each sum would exist twice: there and in p.grad."""
         old = [p.grad for p in self.parameters]
         self.loss_sum, sums = self.add_loss_and_gradients(
             tokens.to(self.device), self.parameters, self.loss_sum, old)
@@ -284,7 +286,7 @@ def evaluate(traced, windows):
     loss = traced.take_loss_sum() / len(micro_batches)
     mean_loss = xm.all_reduce(xm.REDUCE_SUM, loss, scale=1 / xr.world_size())
     torch_xla.sync()
-    return mean_loss.cpu().item()  # .item() on the XLA tensor: a race if cores are threads
+    return mean_loss.cpu().item()  # .cpu() first: .item() of an XLA tensor is not thread-safe
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -313,7 +315,7 @@ def worker(config, checkpoint, deadline, stop_requested):
     optimizer = AdamW(model.parameters(), config)
     traced = TracedModel(model, config)
     step = first_step = restore(checkpoint, model, optimizer) if checkpoint else 0
-    torch_xla.sync()  # or the first step would compute the zeros too, and differ from the others
+    torch_xla.sync()  # or the first step would also compute the zeros, and be another graph
     check_all_cores_start_at(first_step, device)
 
     # what reports, saves, and decides when to stop
@@ -323,9 +325,10 @@ def worker(config, checkpoint, deadline, stop_requested):
             + " (compiling the first step takes a while)")
 
     def stop_wanted():
-        # A stop takes until the next report. Twice the longest times so far, to be safe.
-        time_to_save = 2 * (log.longest_interval + saver.longest_save)
-        late = rank == 0 and time.monotonic() + time_to_save > deadline
+        # A stop takes effect at the next report, and then saves. Allow twice the longest of each so
+        # far, to be safe.
+        time_to_stop = 2 * (log.longest_interval + saver.longest_save)
+        late = rank == 0 and time.monotonic() + time_to_stop > deadline
         return late or stop_requested()
 
     while step < config.max_steps:
@@ -372,7 +375,7 @@ def main():
                         "--help lists the keys")
     config = load_config(sys.argv[1], sys.argv[2:])
     check_environment()
-    check_attention(config, xr.device_type())  # which does not open the device
+    check_attention(config, xr.device_type())  # device_type() does not open the TPU: workers do
     train_data = data.check_data(config)
     checkpoint = checkpoint_to_resume(config, train_data.fingerprint())
 

@@ -4,13 +4,13 @@ import sys
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message says what was found, where, what was
+    """A mistake that the user can mend. The message says what was found, where, and what was
     expected."""
 
 
 def user_message(error):
-    """The line that explains a mistake of the user, or a failure of the operating system, to the
-    user; None for a bug, which deserves a traceback."""
+    """The line that tells the user of a mistake, or of a failure of the operating system. None for
+    a bug, which deserves a traceback."""
     if isinstance(error, UserError):
         return f"error: {error}"
     if isinstance(error, OSError) and error.errno is not None:

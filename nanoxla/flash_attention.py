@@ -2,25 +2,26 @@ r"""attention="flash": causal attention as a TPU kernel, written in JAX's Pallas
 
 Read math_attention and rotate in model.py first: this computes the same. But the [T, T] scores
 never reach the TPU's main memory (HBM). They live in VMEM, the core's on-chip memory, for a block
-of queries at a time. All scores of a block fit, so the softmax is the plain one, with no running
-maximum as in FlashAttention. The backward pass computes it again from q and k, which it reads
-anyway. The forward pass saves only its inputs: storing scores or row statistics in HBM and reading
-them back takes longer than computing them again.
+of queries at a time. All scores of a block fit, so the softmax is the plain one, and needs no
+running maximum, unlike FlashAttention's. The backward pass reads q and k anyway, and computes
+scores and softmax again. The forward pass saves only its inputs: storing scores or row statistics
+in HBM and reading them back takes longer than computing them again.
 
 How the kernel is cut up. Pallas runs a *program* for each point of a *grid*: here for each window b
 and each group g of 128 columns. A *BlockSpec* says which part of an array a program sees, and hands
 it over as a *ref*: q_ref[...] reads that part into VMEM. Here the part is q[b, :, 128 g : 128
 (g+1)].
 
-Each program sees all T tokens of 128 lanes, which are two heads of K = 64:
+A program sees 128 columns of all T tokens. The TPU calls them lanes: its vector unit has 128. With
+K = 64 they are two heads:
 
                          lanes 0 .......... 63   64 ........... 127
                  t = 0   |       head 0       |       head 1       |
                  t = 1   |       head 0       |       head 1       |
                   ...    |                    |                    |
 
-It takes the queries in blocks of Q. A block sees the N keys up to its own end; only for the last Q
-of them some scores have to be masked (marked by a backslash):
+It takes the queries in blocks of Q. A block sees the N keys up to its own end; only among the last
+Q of them do scores have to be masked (marked by a backslash; not to scale):
 
                          keys   0  Q  2Q 3Q
                  block 0       [\]
@@ -28,10 +29,10 @@ of them some scores have to be masked (marked by a backslash):
                  block 2       [      \]
                  block 3       [         \]
 
-The vector unit has 128 lanes and the matrix unit multiplies 128 x 128, so two heads of 64 share the
-lanes. Moving each head to an axis of its own would leave half of the lanes empty. Instead, to get
-the scores of head 0, the kernel sets the lanes of head 1 to zero in q: zeros add nothing to a dot
-product, and the matrix unit takes the same time with or without them.
+The matrix unit multiplies 128 x 128, so two heads of 64 share the lanes. Moving each head to an
+axis of its own would leave half of the lanes empty. Instead, to get the scores of head 0, the
+kernel sets the lanes of head 1 to zero in q: zeros add nothing to a dot product, and the matrix
+unit takes the same time with or without them.
 
 Shapes:  B batch   T time   D width   K width of a head   L = 128 lanes
          Q queries in a block   N keys that the block sees
@@ -105,7 +106,8 @@ def kernels(K):
 
     def rotate(x, cos, sin):
         """rotate of model.py for x [T, L] in float32. The quarter turn exchanges the halves of each
-        head; its minus sign is in sin already. With -sin it rotates the other way."""
+        head; the minus sign of the quarter turn is part of sin, see lane_tables. With -sin it
+        rotates the other way."""
         in_first_half = iota(x.shape, 1) % K < K // 2
         exchanged = jnp.where(in_first_half,
                               pltpu.roll(x, LANES - K // 2, 1), pltpu.roll(x, K // 2, 1))

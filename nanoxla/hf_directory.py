@@ -48,9 +48,9 @@ def read(directory):
     """The model in a Hugging Face directory: a dict with the keys of ModelConfig, and its weights
     {name in model.py: float32 tensor}. load_model of model.py takes both.
 
-    In model.py the output head is a matrix of its own, and so are the keys and values of each
-    attention head. A model that shares either gets copies, which compute the same function with
-    more parameters. Raises UserError for a model that model.py cannot compute."""
+    In model.py the output head has a matrix of its own, and each attention head has keys and values
+    of its own. A model that shares either gets copies, which compute the same function with more
+    parameters. Raises UserError for a model that model.py cannot compute."""
     directory = Path(directory)
     values, n_kv_heads, tied = read_config(directory / "config.json")
     tensors = read_tensors(directory)
@@ -74,7 +74,7 @@ def read(directory):
             expected = [values["dim"] // copies, values["dim"]]
             if list(tensor.shape) != expected:
                 raise UserError(f"{directory}: {name} has the shape {list(tensor.shape)}; "
-                                f"by its config it is {expected}")
+                                f"its config implies {expected}")
             heads = tensor.unflatten(0, (n_kv_heads, -1))  # [H / copies, K, D]
             # The heads that share a key-value head are neighbours.
             tensor = heads.repeat_interleave(copies, dim=0).flatten(0, 1)  # [D, D]

@@ -14,22 +14,22 @@ Two messages are passed as files in a temporary directory:
     DIR/failed/CODE    worker to main process: I failed; the command shall exit with CODE
 
 A Ctrl-C (SIGINT) or SIGTERM:
- 1. The terminal sends it to all processes. The workers have inherited a signal mask that blocks it,
-    or a KeyboardInterrupt would end each of them somewhere in the middle of a step. Only the main
-    thread of the main process receives it.
+ 1. A terminal sends SIGINT to all processes. The workers have inherited a signal mask that blocks
+    it, or a KeyboardInterrupt would end each of them in the middle of a step. Only the main thread
+    of the main process receives it.
  2. The handler prints a note. The main thread creates DIR/stop.
  3. Each worker looks for the file at every step and sends a flag through the step's all-reduce. So
     all cores read the request in the same report, at most log_every steps later. (If each stopped
     when it saw the file, some core would do one step more than the others, and wait forever in
     that step's all-reduce.)
  4. Core 0 saves; all cores leave the loop and return. xmp.spawn returns; the exit code is 0.
- 5. A second Ctrl-C kills the workers at once; the exit code is 130.
+A second Ctrl-C kills the workers at once; the exit code is 130.
 
 A core that fails, by an exception or by a kill:
  1. The other cores wait for it in the next all-reduce, where no exception reaches them.
  2. If it raised an exception, it creates DIR/failed/CODE, prints its message and ends its process
     with os._exit. (An ordinary exit would first wait for threads and for the device, which wait for
-    the other cores.) If several fail, the first does so. A killed worker does none of this.
+    the other cores.) If several fail, only the first prints. A killed worker does none of this.
  3. The main thread sees a worker with a non-zero exit code, and kills all workers.
  4. The main process exits with CODE: 2 for a user's mistake, 1 for a bug or a killed worker.
 """
@@ -96,9 +96,9 @@ def kill(processes):
 
 
 def supervised(index, worker, arguments, directory):
-    """What xmp.spawn calls on core `index`: the worker, and the error message if it fails. Whatever
-    happens then, the process ends: the exit code of the command is the name of the file in
-    failed/."""
+    """xmp.spawn calls this on core `index`. It runs the worker. If the worker fails, it prints the
+    error message and ends the process with code 1; the main process takes the exit code of the
+    command from the name of the file in failed/."""
     exit_with_parent()
     try:
         worker(*arguments, Path(directory, "stop").exists)

@@ -6,13 +6,14 @@ wait until the device has computed it. If the loop read it at once, the device w
 while the host traces the next step. So the loop reads the report of step 1 after it has started
 step 2:
 
-    host    | trace 1 | trace 2 | wait  | log 1 | trace 3 | wait  | log 2 | trace 4 | wait  | log 3
-    device            |      step 1     |      step 2             |      step 3             | step 4
-                                        ^ report 1 is ready       ^ report 2                ^
+    host    | trace 1 | trace 2 |     wait      | log 1 | trace 3 | wait  | log 2 | trace 4 | ...
+    device            |         step 1          |         step 2          |         step 3
+                      ^ sync starts it          ^ report 1 is ready       ^ report 2 is ready
 
-Only the reports of steps that are due (every log_every) are kept and read. A callback notes when
-each of them is ready. The difference of two such times is the duration of the steps in between. The
-times of reading would not do: the host may read a report long after it was ready.
+Most reports are never read: only those of steps that are due (every log_every), of the first step
+of a session, and of a step before an evaluation or a checkpoint. A callback notes when a report is
+ready. The difference of two such times is the duration of the steps in between. (The times of
+reading would be wrong: the host may read a report long after it was ready.)
 
 Before an evaluation or a checkpoint, after the last step, and when the run stops, the report is
 read at once: the host has to wait for the device anyway. The clock then stops until the next step
@@ -98,7 +99,7 @@ class TrainingLog:
 
     def __init__(self, config, checkpoint, first_step, flops_per_token):
         """Begins with the rows in the checkpoint that the run continues from (None for a new run).
-        Rows that a killed run logged after its last checkpoint are dropped: their steps come
+        Rows that a killed run logged after its last checkpoint are dropped: their steps are run
         again."""
         self.config, self.first_step = config, first_step
         self.flops_per_token = flops_per_token
@@ -111,7 +112,7 @@ class TrainingLog:
                         dynamic_ncols=True, disable=not (self.is_writer and sys.stderr.isatty()))
         self.pending = None
         self.clock, self.row_step, self.row_times = Clock(), first_step, Times(0.0, 0.0, 0.0)
-        # Seconds between two reports. (inf: the first one ends no interval.)
+        # When the last report was ready (inf: there is none), and the longest time between two.
         self.last_ready, self.longest_interval = math.inf, 0.0
         self.stopping, self.diverged = False, ""
 

@@ -36,8 +36,8 @@ def signals_blocked(*signals):
 
     Ctrl-C in a terminal sends SIGINT to every process of the foreground group. A new thread or
     process inherits the set of blocked signals, so blocking them here is enough."""
-    # Python starts its resource tracker at the first spawn, which unblocks the signals. Start it
-    # now instead.
+    # At the first spawn Python starts its resource tracker, and that unblocks these signals. So
+    # start the tracker first.
     multiprocessing.resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:

@@ -8,8 +8,8 @@ from nanoxla.errors import UserError
 def read_prompts():
     """Yields a prompt for each line of standard input. \\n in a line stands for a line break.
 
-    A terminal is asked for each line, until Ctrl-D. Elsewhere, bytes that are not UTF-8 become
-    surrogates, which str.encode() refuses."""
+    On a terminal, the user is asked for each line, until Ctrl-D. Elsewhere, bytes that are not
+    UTF-8 become surrogates, which str.encode() refuses."""
     if sys.stdin is None:
         raise UserError("standard input is closed; give a --prompt")
     lines = typed_lines() if sys.stdin.isatty() else piped_lines()

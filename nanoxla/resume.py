@@ -78,8 +78,8 @@ def check_same_run(config, data_sha256, checkpoint):
         if before != now and not entry.metadata["per_session"]:
             changes.append(f"{entry.name} was {before!r}, is {now!r}")
     if state["data_sha256"] not in (None, data_sha256):
-        changes.append(f"the training data was {saved['train_glob']} in {saved['data_dir']}, is "
-                       f"{config.train_glob} in {config.data_dir} and differs")
+        changes.append(f"the training data differs: it was {saved['train_glob']} in "
+                       f"{saved['data_dir']}, is {config.train_glob} in {config.data_dir}")
     if tokenizer and state["tokenizer"] and sha256(tokenizer) != state["tokenizer_sha256"]:
         changes.append(f"the tokenizer differs from {tokenizer}")
     if changes:

@@ -52,8 +52,8 @@ class Saver:
         self.directory = Path(config.out_dir, "checkpoints")
         self.executor, self.job = ThreadPoolExecutor(1), None
         self.host_tensors = {}  # {file: {key: tensor}} in the host's memory, allocated once
-        # The longest save so far, in seconds. The first guess is 12 bytes per parameter (a weight
-        # and two moments) at 100 MB/s.
+        # Seconds to allow for a save: the longest so far, but at least 12 bytes per parameter (a
+        # weight and two moments) at 100 MB/s.
         self.longest_save = num_parameters * 12 / 100e6
         self.tokenizer = None  # the bytes of tokenizer.model
         if log.is_writer:

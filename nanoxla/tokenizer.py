@@ -22,9 +22,9 @@ SAMPLE_BYTES = 100 << 20  # train on about this much of the files (compressed, i
 
 
 def load_tokenizer(path, vocab_size=None):
-    """The SentencePieceProcessor of a model file. Raises UserError if it cannot write shards, or if
-    it does not fit a model with vocab_size ids. (vocab_size may exceed the size of the tokenizer by
-    up to 127, for padding to a multiple of 128.)"""
+    """The SentencePieceProcessor of a model file. Raises UserError if it does not suit shards (more
+    than 65,536 tokens, no bos or no eos), or does not fit a model with vocab_size ids. (vocab_size
+    may exceed the size of the tokenizer by up to 127, for padding to a multiple of 128.)"""
     if not Path(path).is_file():
         raise UserError(f"there is no tokenizer {path}")
     try:

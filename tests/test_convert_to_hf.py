@@ -363,9 +363,9 @@ def files_in(directory):
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"hidden_size": None}, "hidden_size = None, expected a positive int"),
     ({"hidden_size": "64"}, "hidden_size = '64', expected a positive int"),
-    ({"num_hidden_layers": 4}, "lacks, or should not have, the tensor layers.3"),
-    ({"num_hidden_layers": 2}, "lacks, or should not have, the tensor layers.2"),
-    ({"intermediate_size": 90}, r"has the shape \[.*\]; by its config it is"),
+    ({"num_hidden_layers": 4}, "lacks the tensor layers.3"),
+    ({"num_hidden_layers": 2}, "has an unexpected tensor layers.2"),
+    ({"intermediate_size": 90}, r"has the shape \[.*\]; its config implies"),
     ({"tie_word_embeddings": True}, "lm_head.weight is not model.embed_tokens.weight"),
     ({"vocab_size": 1_000}, "embed_tokens.weight has the shape"),
 ])

@@ -40,8 +40,8 @@ def epochs_of(num_tokens, context, seed, count):
 
 
 def origin_and_order(starts, num_tokens, context):
-    """Recovers both from one epoch: its grid begins after the largest gap, which holds the tokens
-    that are left over."""
+    """Recovers an epoch's origin and order from its starts. The origin comes after the largest gap,
+    because the gap contains the tokens that are left over."""
     ascending = np.sort(starts)
     gaps = np.diff(ascending, prepend=ascending[-1] - num_tokens)
     origin = ascending[np.argmax(gaps)]
@@ -68,7 +68,7 @@ def test_an_epoch_reads_each_window_once(num_tokens, context, seed):
         origin, order = origin_and_order(starts, num_tokens, context)
         assert (np.sort(order) == np.arange(num_tokens // context)).all()
         assert (starts == (origin + order * context) % num_tokens).all()
-    # The same in batches, last sample first, some of them across the end of an epoch.
+    # The same in batches, from the last sample to the first. Some contain the end of an epoch.
     samples = np.arange(epochs.size)[::-1]
     batches = [window_starts(batch, num_tokens, context, seed)
                for batch in np.array_split(samples, 7) if len(batch)]
@@ -154,7 +154,7 @@ def test_validation_windows_are_fixed_and_spread_evenly(shards):
         assert len(starts) == count and (starts % CONTEXT == 0).all()
         gaps = np.diff(starts, append=available * CONTEXT) // CONTEXT
         assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
-    with pytest.raises(UserError, match=f"{available + 1} windows, and .* has {available} for val"):
+    with pytest.raises(UserError, match=f"{available + 1} windows, but .* has {available} for val"):
         dataset.fixed_windows(available + 1)
 
 
@@ -198,7 +198,7 @@ def test_an_id_outside_the_vocabulary_is_located(tmp_path, monkeypatch, names, p
             return check_token_ids(paths, vocab_size)
         return TokenDataset(paths, CONTEXT, vocab_size).read(np.array([20, position]))
 
-    monkeypatch.setattr(shards_module, "SCAN_TOKENS", 3)  # so it is not in the first piece
+    monkeypatch.setattr(shards_module, "SCAN_TOKENS", 3)  # the id is not in the first piece
     np.full(50, 499, "<u2").tofile(tmp_path / "a.bin")
     np.where(np.arange(10) == offset, 500, 0).astype("<u2").tofile(tmp_path / "b.bin")
     paths = [tmp_path / f"{name}.bin" for name in names]
@@ -213,8 +213,8 @@ def test_an_id_outside_the_vocabulary_is_located(tmp_path, monkeypatch, names, p
 
 
 def make_documents():
-    """1,000 different documents of an invented language, 2 MB, with everything in them that a
-    tokenizer could spoil."""
+    """1,000 different documents in an invented language, 2 MB. They contain all that a tokenizer
+    could spoil: runs of spaces, line ends, digits, characters outside its vocabulary."""
     rng = random.Random(0)
     syllables = "the an ing er on re st in al ed or ou en at m b".split()
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(1_000)]
@@ -347,7 +347,7 @@ def test_shard_tokens_cuts_the_same_ids(corpus, tmp_path):
 
 @pytest.mark.parametrize("total, sizes", [
     (1_000, [1_000]), (2_009, [1_000, 1_009]), (2_010, [1_000, 1_000, 10])])
-def test_a_rest_below_a_hundredth_joins_the_last_shard(tmp_path, total, sizes):
+def test_a_last_shard_below_one_percent_is_merged(tmp_path, total, sizes):
     writer, ids = ShardWriter(tmp_path, "train", 1_000), np.arange(total, dtype="<u2")
     for piece in np.array_split(ids, 7):
         writer.append(piece)
@@ -360,9 +360,9 @@ def test_shards_written_by_prepare_are_not_scanned_again(corpus, tmp_path):
     paths = sorted((tmp_path / "out").glob("*.bin"))
     with paths[0].open("r+b") as file:
         file.write(np.array([60_000], "<u2").tobytes())
-    check_token_ids(paths, 400)  # does not notice: it has not read the shard
+    check_token_ids(paths, 400)  # does not notice, because it does not read the shard
     with pytest.raises(UserError, match="60000 at token 0 "):
-        check_token_ids(paths, 399)  # a smaller vocabulary than prepare's: it has to look
+        check_token_ids(paths, 399)  # a smaller vocabulary than prepare's: reads the shards
     os.truncate(paths[0], paths[0].stat().st_size - 2)
     with pytest.raises(UserError, match="60000 at token 0 "):
         check_token_ids(paths, 400)  # no longer the file that prepare wrote
@@ -373,7 +373,7 @@ def test_shards_written_by_prepare_are_not_scanned_again(corpus, tmp_path):
 
 @pytest.fixture
 def running(corpus, tmp_path):
-    """A `prepare` into tmp_path/out that is at work, in a process group of its own."""
+    """A running `prepare` that writes tmp_path/out, in a process group of its own."""
     process = start("data.py", *command(corpus, "big.jsonl", tmp_path / "out"))
     yield process
     with contextlib.suppress(ProcessLookupError):
@@ -387,7 +387,7 @@ def wait_for(path, process):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("kill", [os.killpg, os.kill], ids=["all of it", "the first process"])
+@pytest.mark.parametrize("kill", [os.killpg, os.kill], ids=["all processes", "the first process"])
 def test_a_killed_prepare_leaves_nothing_that_looks_complete(corpus, tmp_path, running, kill):
     wait_for(tmp_path / "out.partial" / "train_00000.bin", running)
     kill(running.pid, signal.SIGKILL)
@@ -397,11 +397,11 @@ def test_a_killed_prepare_leaves_nothing_that_looks_complete(corpus, tmp_path, r
     assert checksums(tmp_path / "out") == checksums(corpus / "out")
 
 
-@pytest.mark.parametrize("begun, delay", [
+@pytest.mark.parametrize("awaited, delay", [
     ("out.partial", 0.1), ("out.partial/train_00000.bin", 0)],
     ids=["while the other processes start", "while they encode"])
-def test_ctrl_c_leaves_nothing(tmp_path, running, begun, delay):
-    wait_for(tmp_path / begun, running)
+def test_ctrl_c_leaves_nothing(tmp_path, running, awaited, delay):
+    wait_for(tmp_path / awaited, running)
     time.sleep(delay)
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does
     _, err = running.communicate(timeout=20)
@@ -410,11 +410,11 @@ def test_ctrl_c_leaves_nothing(tmp_path, running, begun, delay):
     assert os.listdir(tmp_path) == []
 
 
-# --- prepare, with mistakes ---------------------------------------------------------------------
+# --- mistakes in prepare ------------------------------------------------------------------------
 
 
 def damaged(content):
-    """With other bytes where a gzip or parquet file says how the rest is encoded."""
+    """Changes the bytes of a gzip or parquet file that describe how the rest is encoded."""
     return content[:10] + bytes(byte ^ 0x5A for byte in content[10:60]) + content[60:]
 
 
@@ -422,31 +422,31 @@ NOISE = random.Random(0).randbytes(3_000).hex()
 LINE = json.dumps({"text": NOISE}).encode() + b"\n"
 TRAIN = " --tokenizer DIR/new.model --vocab-size"
 ALL_SUFFIXES = ".txt .jsonl .jsonl.gz .parquet"
-MISTAKES = {  # what: (file in DIR, its content, options, a part of the message)
+MISTAKES = {  # name: (file in DIR, its content, options, part of the message)
     "missing input": ("a.txt", b"x", "--input DIR/b.txt", "--input DIR/b.txt does not exist"),
     "unknown suffix": ("a.doc", b"x", "--input DIR/a.doc",
                        f"DIR/a.doc: expected one of {ALL_SUFFIXES}"),
-    "no texts": ("sub/a.md", b"x", "--input DIR/sub", f"no {ALL_SUFFIXES} file in DIR/sub"),
+    "no text files": ("sub/a.md", b"x", "--input DIR/sub", f"no {ALL_SUFFIXES} file in DIR/sub"),
     "not UTF-8": ("a.txt", b"abc\xff", "--input DIR/a.txt",
                   "DIR/a.txt is not UTF-8: byte 0xff at offset 3"),
     "not JSON": ("a.jsonl", LINE + b"{\n", "--input DIR/a.jsonl",
                  "DIR/a.jsonl:2 is not a JSON object"),
     "no key": ("a.jsonl", LINE, "--input DIR/a.jsonl --text-key k",
                "DIR/a.jsonl:1: expected a JSON object whose 'k' is a str"),
-    "no string": ("a.jsonl", LINE + b'{"text": 3}', "--input DIR/a.jsonl",
+    "not a string": ("a.jsonl", LINE + b'{"text": 3}', "--input DIR/a.jsonl",
                   "DIR/a.jsonl:2: expected a JSON object whose"),
-    "half a character": ("a.jsonl", b'{"text": "\\ud83d"}', "--input DIR/a.jsonl",
-                         "DIR/a.jsonl:1 is not a JSON object"),
-    "cut gzip": ("a.jsonl.gz", gzip.compress(LINE)[:-20], "--input DIR/a.jsonl.gz",
-                 "DIR/a.jsonl.gz is not a complete gzip file"),
+    "half a surrogate pair": ("a.jsonl", b'{"text": "\\ud83d"}', "--input DIR/a.jsonl",
+                              "DIR/a.jsonl:1 is not a JSON object"),
+    "truncated gzip": ("a.jsonl.gz", gzip.compress(LINE)[:-20], "--input DIR/a.jsonl.gz",
+                       "DIR/a.jsonl.gz is not a complete gzip file"),
     "damaged gzip": ("a.jsonl.gz", damaged(gzip.compress(LINE)), "--input DIR/a.jsonl.gz",
                      "DIR/a.jsonl.gz"),
     "no column": ("a.parquet", parquet(k=["x"]), "--input DIR/a.parquet",
                   "DIR/a.parquet has no column 'text' of strings"),
     "column of numbers": ("a.parquet", parquet(text=[1, 2]), "--input DIR/a.parquet",
                           "DIR/a.parquet"),
-    "cut parquet": ("a.parquet", parquet(text=["x"])[:-9], "--input DIR/a.parquet",
-                    "DIR/a.parquet is not a readable parquet"),
+    "truncated parquet": ("a.parquet", parquet(text=["x"])[:-9], "--input DIR/a.parquet",
+                          "DIR/a.parquet is not a readable parquet"),
     "damaged parquet": ("a.parquet", damaged(parquet(text=[NOISE])), "--input DIR/a.parquet",
                         "DIR/a.parquet"),
     "--out in use": ("full/a", b"", "--out DIR/full",
@@ -455,12 +455,12 @@ MISTAKES = {  # what: (file in DIR, its content, options, a part of the message)
                      "DIR/no.model does not exist; give --vocab-size to train"),
     "not a tokenizer": ("a.txt", b"x", "--tokenizer DIR/a.txt",
                         "DIR/a.txt is not a SentencePiece model"),
-    "another vocabulary": ("a.txt", b"x", "--vocab-size 500",
-                           "tok.model exists with 400 tokens and --vocab-size says 500"),
-    "over uint16": ("a.txt", b"x", TRAIN + " 65537",
-                    "--vocab-size 65,537 does not fit uint16 shards; expected 1 to 65,536"),
-    "over the text": ("a.txt", b"x", TRAIN + " 60000",
-                      "a vocabulary of 60,000 could not be trained on this text"),
+    "other vocabulary size": ("a.txt", b"x", "--vocab-size 500",
+                              "tok.model exists with 400 tokens and --vocab-size says 500"),
+    "over 65,536 tokens": ("a.txt", b"x", TRAIN + " 65537",
+                           "--vocab-size 65,537 does not fit uint16 shards; expected 1 to 65,536"),
+    "too large for the text": ("a.txt", b"x", TRAIN + " 60000",
+                               "a vocabulary of 60,000 could not be trained on this text"),
     "not JSON, training": ("a.jsonl", LINE + b"{\n", "--input DIR/a.jsonl" + TRAIN + " 400",
                            "DIR/a.jsonl:2 is not a JSON"),
     "empty, training": ("a.txt", b"", "--input DIR/a.txt" + TRAIN + " 400", "error: "),
@@ -474,31 +474,42 @@ MISTAKES = {  # what: (file in DIR, its content, options, a part of the message)
 
 
 def error_in(err):
-    """The line on stderr that explains the mistake. A line of progress may come before it."""
+    """The line on stderr that explains the mistake. A progress line may precede it."""
     lines = err.splitlines()
     assert len(lines) <= 2 and lines[-1].startswith("error: "), err
     return lines[-1]
 
 
-@pytest.mark.parametrize("what", MISTAKES)
-def test_prepare_explains_a_mistake_and_leaves_nothing(corpus, tmp_path, mistake, what):
+def make_mistake(name, corpus, tmp_path):
+    """Writes the files of a mistake. Returns the arguments of the command that meets it, and a part
+    of the message."""
     parts = [part.replace("DIR", str(tmp_path)) if isinstance(part, str) else part
-             for part in MISTAKES[what]]
-    name, content, options, message = parts
-    write(tmp_path / name, content)
+             for part in MISTAKES[name]]
+    file, content, options, message = parts
+    write(tmp_path / file, content)
     write(tmp_path / "good.txt", b"the one text\n")
-    arguments = command(corpus, tmp_path / "good.txt", tmp_path / "out", *options.split())
+    return command(corpus, tmp_path / "good.txt", tmp_path / "out", *options.split()), message
+
+
+def files_below(directory):
+    return {path for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_prepare_explains_a_mistake_and_leaves_nothing(corpus, tmp_path, mistake, name):
+    arguments, message = make_mistake(name, corpus, tmp_path)
+    before = files_below(tmp_path)
     assert message in error_in(mistake(data.main, *arguments)[1])
-    files = {path for path in tmp_path.rglob("*") if path.is_file()}
-    assert files == {tmp_path / name, tmp_path / "good.txt"}
-    assert not list(tmp_path.glob("out*"))
+    assert files_below(tmp_path) == before and not list(tmp_path.glob("out*"))
 
 
-def test_the_real_command_explains_a_mistake_of_a_worker_process(corpus, tmp_path):
-    write(tmp_path / "a.jsonl", LINE + b"{\n")
-    code, out, err = run("data.py", *command(corpus, tmp_path / "a.jsonl", tmp_path / "out"))
-    assert code == 2 and f"{tmp_path}/a.jsonl:2 is not a JSON object" in error_in(err)
-    assert out == "" and not list(tmp_path.glob("out*"))
+@pytest.mark.parametrize("name", ["--out in use", "not JSON", "damaged gzip"])
+def test_the_real_command_explains_a_mistake_and_leaves_nothing(corpus, tmp_path, name):
+    arguments, message = make_mistake(name, corpus, tmp_path)
+    before = files_below(tmp_path)
+    code, out, err = run("data.py", *arguments)
+    assert code == 2 and out == "" and message in error_in(err)
+    assert files_below(tmp_path) == before and not list(tmp_path.glob("out*"))
 
 
 # --- inspect ------------------------------------------------------------------------------------
@@ -541,8 +552,8 @@ IDS = np.array([1, 5, 399, 2], "<u2")
      r"a\.bin: every second id is 0; these look like 32-bit ids"),
     (b"\x93NUMPY" + IDS.tobytes(), (), r"a\.bin: this is a \.npy file"),
     (np.array([20240520, 1], "<i4").tobytes() + IDS.tobytes(), (), r"a\.bin: .* header of llm\.c"),
-], ids=["nothing", "an id over the vocabulary", "32-bit ids", "a .npy file", "llm.c"])
-def test_inspect_warns_of(tmp_path, monkeypatch, capsys, content, options, warning):
+], ids=["no problem", "id outside the vocabulary", "32-bit ids", "a .npy file", "llm.c header"])
+def test_inspect_warns_about(tmp_path, monkeypatch, capsys, content, options, warning):
     write(tmp_path / "a.bin", content)
     monkeypatch.setattr(sys, "argv", ["data.py", "inspect", str(tmp_path), *options])
     data.main()
