@@ -1,10 +1,11 @@
-"""How well a model predicts the held-out documents, in bits per byte, beside what xz makes of the same text.
+"""How well a model predicts the held-out documents, in bits per byte, compared with xz.
 
     python tools/bits_per_byte.py --checkpoint out/demo [--data data/demo]
 
-Cross-entropy in nats per token can't be compared between vocabularies; the bits that a text costs per byte of UTF-8 can,
-and also with a compressor. Every token of the validation shards is predicted once, from at most a context of those before
-it. xz -9e gets the text of the same documents in one piece.
+Cross-entropy in nats per token cannot be compared between vocabularies. The bits that a model needs
+per byte of UTF-8 text can, and so can those of a compressor. The model predicts every token of the
+validation shards once, from the tokens before it in the same window of its context. xz -9e
+compresses the text of the same documents in one piece.
 """
 import argparse
 import lzma
@@ -18,14 +19,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import find_checkpoint, load_model, read_state
-from data import TOKEN, find_shards, load_tokenizer
-from process import Progress, UserError, run_command
+from model import load_model
+from nanoxla import checkpoint
+from nanoxla.errors import UserError, run_command
+from nanoxla.progress import Progress
+from nanoxla.shards import TOKEN_DTYPE, find_shards
+from nanoxla.tokenizer import load_tokenizer
 
 
 @torch.inference_mode()
 def total_bits(model, ids):
-    """Bits that the model needs for ids[1:], predicted window after window."""
+    """The bits that the model needs for ids[1:], predicted window by window."""
     context = model.config.context
     bits = 0.0
     starts = range(0, len(ids) - 1, context)
@@ -46,23 +50,24 @@ def documents(ids, processor):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Bits per byte on the validation documents, a model's and xz's.")
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint directory or a run's")
-    parser.add_argument("--data", help="directory of the shards (default: the one the run was trained on)")
+    parser = argparse.ArgumentParser(description="Bits per byte of the validation documents.")
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint, or the run's directory")
+    parser.add_argument("--data", help="directory of the shards (default: the run's data_dir)")
     arguments = parser.parse_args()
-    checkpoint = find_checkpoint(arguments.checkpoint)
-    state = read_state(checkpoint)
+    path = checkpoint.find_checkpoint(arguments.checkpoint)
+    state = checkpoint.read_state(path)
     if not state["tokenizer"]:
-        raise UserError(f"{checkpoint} has no tokenizer, so its tokens have no text")
+        raise UserError(f"{path} has no tokenizer, so its tokens have no text")
     data_dir = arguments.data or state["config"].get("data_dir")
-    if not data_dir:  # an imported model
-        raise UserError(f"{checkpoint} does not say what data it was trained on; name a directory of shards with --data")
+    if not data_dir:  # a model imported by convert_to_hf.py --from-hf
+        raise UserError(f"{path} does not name its training data; "
+                        "name a directory of shards with --data")
     shards = find_shards(data_dir, state["config"].get("val_glob", "val_*.bin"))
-    ids = np.concatenate([np.fromfile(path, TOKEN) for path in shards])
+    ids = np.concatenate([np.fromfile(shard, TOKEN_DTYPE) for shard in shards])
 
-    texts = documents(ids, load_tokenizer(checkpoint / "tokenizer.model"))
+    texts = documents(ids, load_tokenizer(path / "tokenizer.model"))
     text = "".join(texts).encode()
-    bits = total_bits(load_model(checkpoint, attention="math").eval(), ids)
+    bits = total_bits(load_model(*checkpoint.load(path), path).eval(), ids)
     packed = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
     print(f"held-out text: {len(texts)} documents, {len(text):,} bytes, {len(ids):,} tokens")
     print(f"model          {bits / len(text):.3f} bits per byte   ({bits / 8:,.0f} bytes)")
