@@ -27,10 +27,10 @@ A second Ctrl-C kills the workers at once; the exit code is 130.
 
 A core that fails, by an exception or by a kill:
  1. The other cores wait for it in the next all-reduce, where no exception reaches them.
- 2. If it raised an exception, it creates DIR/failed/CODE, prints its message and ends its process
+ 2. If it raised an exception, it prints its message, creates DIR/failed/CODE and ends its process
     with os._exit. (An ordinary exit would first wait for threads and for the device, which wait for
     the other cores.) If several fail, only the first prints. A killed worker does none of this.
- 3. The main thread sees a worker with a non-zero exit code, and kills all workers.
+ 3. The main thread sees the file, or a worker with a non-zero exit code, and kills all workers.
  4. The main process exits with CODE: 2 for a user's mistake, 1 for a bug or a killed worker.
 """
 import contextlib
@@ -78,16 +78,22 @@ def run_on_all_cores(spawn, worker, *arguments):
                 with contextlib.suppress(OSError):  # the disk is full: try again in the next round
                     Path(directory, "stop").touch()
             workers.update(multiprocessing.active_children())
-            # xmp.spawn does not always notice the end of a worker that started late, so look here.
-            if any(process.exitcode for process in workers):
+            # xmp.spawn does not notice the end of a worker that started late. Nor does exitcode, if
+            # the worker ended before it was first seen here.
+            if exit_codes(directory) or any(process.exitcode for process in workers):
                 kill(workers)
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # nothing is left to stop
         try:
             spawned.result()
         except BrokenProcessPool:
-            codes = [int(path.name) for path in Path(directory).glob("failed/*")]
+            codes = exit_codes(directory)
             sys.exit(codes[0] if codes else "a worker was killed, perhaps for lack of memory")
+
+
+def exit_codes(directory):
+    """The exit code that a worker has left in DIR/failed, in a list that may be empty."""
+    return [int(path.name) for path in Path(directory).glob("failed/*")]
 
 
 def kill(processes):
@@ -104,14 +110,17 @@ def supervised(index, worker, arguments, directory):
         worker(*arguments, Path(directory, "stop").exists)
     except BaseException as error:
         message = user_message(error)
+        failed = Path(directory, "failed")
         try:
-            Path(directory, "failed").mkdir()  # succeeds on one core only
-            # The exit code is the name of an empty file: that works even on a full disk.
-            Path(directory, "failed", "2" if message else "1").touch()
+            failed.mkdir()  # succeeds on one core only
         except FileExistsError:
             time.sleep(5)  # another core failed first: let it print its message
             os._exit(1)
-        finally:
-            with contextlib.suppress(OSError):
-                print(message or traceback.format_exc(), file=sys.stderr, flush=True)
-            os._exit(1)
+        except OSError:
+            pass  # the disk is full
+        with contextlib.suppress(OSError):
+            print(message or traceback.format_exc(), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            # An empty file, whose name is the exit code: it needs no space on the disk.
+            (failed / ("2" if message else "1")).touch()
+        os._exit(1)

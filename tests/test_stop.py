@@ -161,9 +161,11 @@ def workers(tmp_path):
     supervision."""
     (tmp_path / "workers.py").write_text(WORKERS)
 
-    def begin(mode):
+    def begin(mode, at_once=False):
+        if at_once:
+            (tmp_path / "workers.py.go").touch()
         process = start(tmp_path / "workers.py", mode, ROOT)
-        for _ in range(3):
+        for _ in range(3 * (not at_once)):
             wait_for_line(process, "here")
         (tmp_path / "workers.py.go").touch()
         return process
@@ -179,6 +181,15 @@ def test_a_failing_core_ends_all_within_seconds(workers, mode, message):
     assert time.monotonic() - started < 8
     assert code == 1 and err.count(message) == 1 and "asked to stop" not in out, err
     assert err.count("Traceback") == (mode == "raises")
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_a_core_that_fails_as_soon_as_it_starts_ends_all(workers, attempt):
+    """Before the main process has seen it: that depends on chance, so try several times."""
+    process, started = workers("raises", at_once=True), time.monotonic()
+    code, _, err = ended(process)
+    assert code == 1 and err.count("RuntimeError: the first failure") == 1, err
+    assert time.monotonic() - started < 20
 
 
 def test_a_failing_core_ends_all_even_if_its_message_cannot_be_printed(workers):
