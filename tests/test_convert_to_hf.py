@@ -359,7 +359,7 @@ def files_in(directory):
     ({"head_dim": 8}, "4 heads of head_dim = 8 .* do not make up hidden_size = 64"),
     ({"num_attention_heads": 64, "num_key_value_heads": 64, "head_dim": 1}, "head_dim = 1 is odd"),
     ({"num_key_value_heads": 3}, "3 key-value heads do not make up"),
-    ({"num_key_value_heads": 2}, r"k_proj.weight has the shape \[64, 64\]; by its config"),
+    ({"num_key_value_heads": 2}, r"k_proj.weight has the shape \[64, 64\]; its config implies"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"hidden_size": None}, "hidden_size = None, expected a positive int"),
     ({"hidden_size": "64"}, "hidden_size = '64', expected a positive int"),
