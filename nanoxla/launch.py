@@ -8,10 +8,11 @@
       +-- worker of core 1     (on the CPU: one process, whose threads are the cores)
       +-- ...
 
-Two messages are passed as files in a temporary directory:
+Messages are passed as files in a temporary directory:
 
-    DIR/stop           main process to workers: the user asked to stop
-    DIR/failed/CODE    worker to main process: I failed; the command shall exit with CODE
+    DIR/stop                 main process to workers: the user asked to stop
+    DIR/running/PID.CORE     worker to main process: I run; removed when the worker returns
+    DIR/failed/CODE          worker to main process: I failed; the command shall exit with CODE
 
 A Ctrl-C (SIGINT) or SIGTERM:
  1. A terminal sends SIGINT to all processes. The workers have inherited a signal mask that blocks
@@ -30,7 +31,7 @@ A core that fails, by an exception or by a kill:
  2. If it raised an exception, it prints its message, creates DIR/failed/CODE and ends its process
     with os._exit. (An ordinary exit would first wait for threads and for the device, which wait for
     the other cores.) If several fail, only the first prints. A killed worker does none of this.
- 3. The main thread sees the file, or a worker with a non-zero exit code, and kills all workers.
+ 3. The main thread sees that a process is gone that has not returned, and kills all workers.
  4. The main process exits with CODE: 2 for a user's mistake, 1 for a bug or a killed worker.
 """
 import contextlib
@@ -58,6 +59,7 @@ def run_on_all_cores(spawn, worker, *arguments):
     the process if a worker failed, or at a second SIGINT."""
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(1) as thread:
         received, workers = [], set()
+        Path(directory, "running").mkdir()
 
         def request_stop(number, _):
             if number == signal.SIGINT and received:
@@ -78,22 +80,23 @@ def run_on_all_cores(spawn, worker, *arguments):
                 with contextlib.suppress(OSError):  # the disk is full: try again in the next round
                     Path(directory, "stop").touch()
             workers.update(multiprocessing.active_children())
-            # xmp.spawn does not notice the end of a worker that started late. Nor does exitcode, if
-            # the worker ended before it was first seen here.
-            if exit_codes(directory) or any(process.exitcode for process in workers):
+            # xmp.spawn does not notice the end of a worker that started late, so look here.
+            if any(process.exitcode for process in workers) or any_lost(directory):
                 kill(workers)
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # nothing is left to stop
         try:
             spawned.result()
         except BrokenProcessPool:
-            codes = exit_codes(directory)
+            codes = [int(path.name) for path in Path(directory).glob("failed/*")]
             sys.exit(codes[0] if codes else "a worker was killed, perhaps for lack of memory")
 
 
-def exit_codes(directory):
-    """The exit code that a worker has left in DIR/failed, in a list that may be empty."""
-    return [int(path.name) for path in Path(directory).glob("failed/*")]
+def any_lost(directory):
+    """Whether a process is gone although its worker has not returned. (A process that ended between
+    two looks of the main thread is not in its set of workers, but its file is there.)"""
+    pids = [path.name.split(".")[0] for path in Path(directory, "running").iterdir()]
+    return any(not Path("/proc", pid).exists() for pid in pids)
 
 
 def kill(processes):
@@ -106,8 +109,11 @@ def supervised(index, worker, arguments, directory):
     error message and ends the process with code 1; the main process takes the exit code of the
     command from the name of the file in failed/."""
     exit_with_parent()
+    running = Path(directory, "running", f"{os.getpid()}.{index}")
     try:
+        running.touch()
         worker(*arguments, Path(directory, "stop").exists)
+        running.unlink()
     except BaseException as error:
         message = user_message(error)
         failed = Path(directory, "failed")
