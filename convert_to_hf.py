@@ -5,7 +5,7 @@
     python convert_to_hf.py --from-hf path/to/TinyLlama --output out/tiny
 
 model.py computes exactly what Hugging Face's LlamaForCausalLM computes, down to the rotary
-embedding. So converting the weights only renames them:
+embedding. So writing a Hugging Face directory only renames the weights:
 
     model.py                                    Hugging Face
     embed_tokens.weight                         model.embed_tokens.weight
@@ -22,9 +22,10 @@ transformers, lm-evaluation-harness, vLLM and llama.cpp read the directory. Writ
 them. A model that the other side cannot express exactly is refused, never approximated. A tokenizer
 that it cannot express is left out, with a warning.
 
---from-hf writes a run with a single checkpoint, of step 0. `sample.py --checkpoint out/tiny`
-samples from it, and `train.py CONFIG --resume=out/tiny` trains it further. nanoxla/hf_directory.py
-reads the Hugging Face directory.
+--from-hf renames them back. Weights that model.py does not share are copied: key-value heads, and
+an embedding that is also the head. It writes a run with a single checkpoint, of step 0. `sample.py
+--checkpoint out/tiny` samples from it, and `train.py CONFIG --resume=out/tiny` trains it further.
+nanoxla/hf_directory.py reads the Hugging Face directory.
 """
 import argparse
 import json

@@ -72,7 +72,7 @@ def permute(numbers, size, keys):
             else:
                 column = (column + splitmix64(row ^ key)) % np.uint64(columns)
         numbers[walking] = row * np.uint64(columns) + column
-        walking[walking] = numbers[walking] >= size
+        walking = numbers >= size
     return numbers.astype(np.int64)
 
 
@@ -87,8 +87,8 @@ def splitmix64(x):
 
 def window_starts(samples, num_tokens, context, seed):
     """Where windows start on the ring, as token positions [n]. samples [n]: their places in the
-    reading order of the run, from 0. Sample i is window number i % W of epoch i // W, where W =
-    num_tokens // context is the number of windows of an epoch."""
+    reading order of the run, from 0. Sample i is the window that epoch i // W reads at place i % W,
+    where W = num_tokens // context is the number of windows of an epoch."""
     num_windows = num_tokens // context
     epochs, positions = np.divmod(samples, num_windows)
     starts = np.empty(len(samples), np.int64)

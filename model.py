@@ -6,7 +6,7 @@ checkpoint is a rename.
 
 Shapes:  B  batch                T  time: tokens in a window     D  width of the residual stream
          H  attention heads      K  width of a head, D / H       V  vocabulary
-         M  width of the SwiGLU  S  keys that a query may see: T, or the length of the cache
+         M  width of the SwiGLU  S  keys: T, or the length of the cache
 
 Precision: parameters are float32. The caller chooses the precision of the matrix products with
 torch.autocast. Norms, rotation, softmax and loss are always computed in float32.
@@ -182,6 +182,9 @@ class ShiftedCrossEntropy(torch.autograd.Function):
     88 above the shift, since exp(88) is the limit of float32. That logit is then 88 + 16 above the
     target, so the loss is above 104. The mean is not finite, and the optimiser skips the update
     (see AdamW in train.py).
+
+    The shift need only be near the target's logit. The loss itself takes that logit from `logits`,
+    as the head has rounded it, so it is exactly the cross-entropy of these logits.
     """
 
     @staticmethod
@@ -237,9 +240,9 @@ class KVCache:
 
 
 class Llama(nn.Module):
-    """Matrices start from a normal distribution with standard deviation 0.02, the weights of the
-    norms at 1. The matrices are drawn on the CPU from a generator of their own, so every core
-    starts from the same weights. (torch.manual_seed does not seed an XLA device.)"""
+    """Matrices are drawn from a normal distribution with standard deviation 0.02; the weights of
+    the norms start at 1. The draws are made on the CPU, with a generator of their own, so every
+    core starts from the same weights. (torch.manual_seed does not seed an XLA device.)"""
 
     def __init__(self, config, seed=0):
         super().__init__()
@@ -290,8 +293,9 @@ def load_model(values, weights, source):
 
     values: a dict with the keys of ModelConfig; others are ignored. weights: {name: tensor}. Raises
     UserError, which names `source`, if the two do not match."""
-    shape = {entry.name: values[entry.name] for entry in dataclasses.fields(ModelConfig)}
-    model = Llama(ModelConfig(**shape | {"attention": "math"}))  # "math" runs on every device
+    keys = [entry.name for entry in dataclasses.fields(ModelConfig)]
+    config = {key: values[key] for key in keys} | {"attention": "math"}  # it runs on every device
+    model = Llama(ModelConfig(**config))
     expected = {name: list(p.shape) for name, p in model.named_parameters()}
     if missing := expected.keys() - weights.keys():
         raise UserError(f"{source} lacks the tensor {min(missing)}")

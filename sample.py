@@ -9,7 +9,7 @@ Face directory. Without --prompt, each line of standard input is a prompt, in wh
 line break. An empty prompt starts a new document.
 
 Text appears as it is generated. It ends where the model ends the document (with the token eos),
-after --max-new-tokens, or when the model's context is full, with a note. A machine with a TPU uses
+after --max-new-tokens, or, with a note, when the model's context is full. A machine with a TPU uses
 one of its cores; any other uses the CPU, in plain PyTorch.
 
 Read it from top to bottom: drawing a token, the loop that generates a text, the decoder that makes
@@ -49,14 +49,14 @@ def sample_token(logits, temperature, top_k, top_p, generator):
 
     temperature: divides the logits. Below 1, likely tokens become even likelier. 0 always takes the
     likeliest (greedy sampling). top_k: draw only among the top_k likeliest tokens; 0 means all.
-    top_p: of these, keep only the likeliest, as few as have probabilities that add up to top_p
+    top_p: of these, keep the fewest likeliest tokens whose probabilities add up to at least top_p
     (nucleus sampling, https://arxiv.org/abs/1904.09751)."""
     if temperature == 0:
         return int(logits.argmax())
     logits, ids = logits.topk(min(top_k or len(logits), len(logits)))  # the likeliest first
     probabilities = (logits / temperature).softmax(0)
     sum_before = probabilities.cumsum(0) - probabilities  # of all likelier tokens
-    probabilities[1:][sum_before[1:] >= top_p] = 0  # [1:] keeps the likeliest for any top_p
+    probabilities[1:][sum_before[1:] >= top_p] = 0  # [1:]: the likeliest stays in any case
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 
@@ -93,15 +93,15 @@ class Decoder:
     and values of all tokens read so far, so the model computes each token only once.
 
     XLA compiles a graph for every new shape, which takes seconds. So an XLA device uses two shapes,
-    for any prompt and any length of text: a chunk of a prompt, [1, CHUNK], and a single token, [1,
-    1]. The last chunk of a prompt is padded, and the cache is always as long as the context. The
-    position in the text is a tensor of shape [1] for the same reason: the Python numbers 0 and 1
-    would become constants, and each would need a graph of its own.
+    for any prompt and any length of text: a chunk of a prompt, [1, self.chunk], and a single token,
+    [1, 1]. The last chunk of a prompt is padded, and the cache is always as long as the context.
+    The position in the text is a tensor of shape [1] for the same reason: the Python numbers 0 and
+    1 would become constants, and each would need a graph of its own.
 
     The CPU runs each operation immediately, whatever its shape. There a prompt is not padded, and
     the cache is about as long as the text, because attention reads all of it. For a single token,
-    most of the time goes into reading the weights, and most of the rest into Python. So the
-    operations are traced once, and then replayed without Python overhead.
+    most of the time goes into reading the weights, and most of the rest into Python. So
+    torch.jit.trace records the operations once, and they are replayed without Python overhead.
     """
 
     def __init__(self, model, device="cpu"):
@@ -152,7 +152,7 @@ class Decoder:
                 logits = self.compute(*inputs)
             else:
                 self.traced = self.traced or trace(self.compute, inputs)
-                # The optimiser would spend 0.1 s looking for operations to fuse, and find none.
+                # TorchScript's optimiser would spend 0.1 s looking for operations to fuse, in vain.
                 with torch.jit.optimized_execution(False):
                     logits = self.traced(*inputs)
             self.sync()
@@ -161,7 +161,7 @@ class Decoder:
     def compute(self, tokens, position, last):
         """The logits [V] of the token that follows tokens[:, last]. tokens [1, T]; position [1] of
         the first of them; last [1]."""
-        self.cache.position = position  # back from the end of the padding, which is overwritten
+        self.cache.position = position  # undoes the advance over padding, which is overwritten
         hidden = self.model.hidden(tokens, self.cache)  # [1, T, D]
         return self.model.lm_head(hidden.index_select(1, last))[0, 0]  # [V]
 
@@ -169,7 +169,8 @@ class Decoder:
 def trace(function, inputs):
     """A function that replays the operations of function(*inputs) without Python overhead.
 
-    Tracing calls the function once. It writes to the cache, so the inputs must be real ones."""
+    Tracing calls the function once. The function writes to the cache, so the inputs must be
+    real."""
     with warnings.catch_warnings():
         # The warning says that shapes become constants. Ours never change.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
@@ -276,9 +277,9 @@ def parse_arguments():
     add("--temperature", type=float, default=0.8,
         help="below 1: likely tokens become likelier; 0: always the likeliest (%(default)s)")
     add("--top-k", type=int, default=50,
-        help="draw among this many likeliest tokens; 0: among all (%(default)s)")
+        help="draw among this many of the likeliest tokens; 0: among all (%(default)s)")
     add("--top-p", type=float, default=1.0,
-        help="draw among the likeliest tokens, as few as add up to this probability (%(default)s)")
+        help="draw among the fewest likeliest tokens that add up to this (%(default)s)")
     add("--seed", type=int, default=0, help="seed of the first sample (%(default)s)")
     add("--num-samples", type=int, default=1,
         help="continuations of each prompt; their seeds count up from --seed (%(default)s)")

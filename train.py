@@ -70,7 +70,7 @@ class Config(ModelConfig):
     peak_tflops: float = session_key(197.0, "peak of one core in bfloat16, for mfu; default: v5e",
                                      POSITIVE)
     seed: int = key(0, "random seed of the weights and of the order of the data", at_least(0))
-    log_every: int = session_key(10, "steps between log rows, and checks for a stop", at_least(1))
+    log_every: int = session_key(10, "steps between log rows and between stop checks", at_least(1))
     eval_every: int = session_key(1_000, "steps between evaluations; 0: none", at_least(0))
     eval_batches: int = session_key(8, "batches of batch_size in an evaluation", at_least(1))
     checkpoint_every: int = session_key(1_000, "steps between checkpoints; 0: only at the end",
@@ -92,7 +92,7 @@ class Config(ModelConfig):
 
 
 def load_config(path, overrides=()):
-    """Defaults, overridden by the config file `path`, overridden by strings "--key=value"."""
+    """The defaults; over them the config file `path`; over both, strings "--key=value"."""
     return nanoxla.config.load(Config, path, overrides)
 
 
@@ -122,8 +122,8 @@ class AdamW(torch.optim.Optimizer):
 
     Why not torch.optim.AdamW? It keeps its hyper-parameters as Python numbers. torch_xla makes a
     Python number an input of the graph, except 0 and 1, which it makes constants. So a value that
-    reaches 0 or 1 changes the graph, and the step is compiled again in the middle of the run: with
-    beta2 = 0.95 in the 325th step, where sqrt(1 - beta2^325) rounds to 1 in float32. Here,
+    reaches 0 or 1 changes the graph, and the step is compiled again in the middle of the run: for
+    beta2 = 0.95 that is the 325th step, where sqrt(1 - beta2^325) rounds to 1 in float32. Here,
     everything that depends on the step comes in one small tensor, and the moments exist from the
     start: one graph, whatever the step.
     """
@@ -158,8 +158,8 @@ class AdamW(torch.optim.Optimizer):
         scale = (config.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0) if config.grad_clip else 1.0
 
         # Skip an update that is not finite. An `if` would have to read the device, so the graph
-        # always updates. If need be, it does so with a learning rate of 0, and gives the gradient
-        # the weight 0 and the old moment the weight 1.
+        # always updates. An update to be skipped has a learning rate of 0, and gives weight 0 to
+        # the gradient and weight 1 to the old moment: nothing changes.
         finite = (grad_norm + loss).isfinite()
         zero = torch.zeros_like(grad_norm)
         lr, weight1, weight2 = (torch.where(finite, x, zero)
@@ -195,7 +195,8 @@ class TracedModel:
         self.names, self.parameters = zip(*model.named_parameters())
         self.device = self.parameters[0].device
         self.micro_batches = config.batch_size // (xr.world_size() * config.micro_batch_size)
-        # A buffer on the device, after the first sync. A Python 0 would be a constant of the graph.
+        # The sync in `worker` makes it a buffer on the device, which is an input of graph 1. A
+        # Python 0 would be a constant, and the first micro-batch a graph of its own.
         self.zero = torch.zeros((), device=self.device)
         self.loss_sum = self.zero
         depends_on = config, self.micro_batches
@@ -228,7 +229,8 @@ class TracedModel:
         The traced function returns the sums of the gradients in reverse order, for speed only. For
         each result of the graph, XLA reuses the memory of the first unused input of the same shape.
         torch_xla lists the inputs in the opposite order to the results. So if the results are
-        reversed, each sum meets its own old gradient, and XLA adds in place: 6 % of a step.
+        reversed, each sum meets its own old gradient, and XLA adds in place. That saves 6 % of a
+        step.
 
         The sums are local variables. Whatever Python still refers to at the sync becomes a result
         of the graph with memory of its own, and each sum would exist twice: there and in p.grad."""
@@ -260,15 +262,15 @@ def train_step(traced, optimizer, batch, step, stop):
         torch_xla.sync()
 
     # Graph 2: average over the cores, clip, update. The stop flag has the shape [1]: torch_xla
-    # makes a 0 or 1 without dimensions a constant, as if it were a Python number, so asking to stop
-    # would change the graph and compile it again.
+    # makes a 0 or 1 without dimensions a constant, as if it were a Python number, so a request to
+    # stop would change the graph, which would be compiled again.
     stop = torch.tensor([float(stop)]).to(traced.device)
-    loss = traced.take_loss_sum()[None] / xr.world_size()
+    loss = traced.take_loss_sum()[None] / xr.world_size()  # the sum is a mean already
     loss, stops = xm.all_reduce(xm.REDUCE_SUM, torch.cat([loss, stop])).unbind()
     schedule = optimizer.schedule(step).to(traced.device)
     grad_norm = xm.optimizer_step(optimizer, optimizer_args={"schedule": schedule, "loss": loss})
-    # Zeros and not None: so the first micro-batch of the next step adds to existing gradients, like
-    # all the others. Otherwise it would be a different graph.
+    # Zeros, not None: gradients are inputs of graph 1, so the first micro-batch of a step needs
+    # some to add to, like all the others. Without them it would have to be a different graph.
     optimizer.zero_grad(set_to_none=False)
     report = torch.stack([loss, grad_norm, *optimizer.skipped.unbind(), stops])
     torch_xla.sync()
@@ -325,8 +327,8 @@ def worker(config, checkpoint, deadline, stop_requested):
             + " (compiling the first step takes a while)")
 
     def stop_wanted():
-        # A stop takes effect at the next report, and then saves. Allow twice the longest of each so
-        # far, to be safe.
+        # After a request the run goes on to the next report, and then saves. Allow twice the
+        # longest interval and the longest save so far.
         time_to_stop = 2 * (log.longest_interval + saver.longest_save)
         late = rank == 0 and time.monotonic() + time_to_stop > deadline
         return late or stop_requested()
@@ -339,7 +341,7 @@ def worker(config, checkpoint, deadline, stop_requested):
         lr = learning_rate(step, config)
         step += 1
 
-        # read the report of an earlier step, if one is due, while the device works on this one
+        # hand in its report, and read the one before while the device works on this step
         stopping = log.training(step, lr, report)
 
         # once in a while: the validation loss (all cores take part)

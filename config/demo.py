@@ -1,9 +1,9 @@
-# A small Llama on the State of the Union addresses, 1790 to now, for two cores of a CPU: `make demo`.
+# A small Llama on the State of the Union addresses since 1790, for two CPU cores: `make demo`.
 #
 # parameters   786,432 embedding + 3 x 442,752 blocks + 192 norm + 786,432 head = 2,901,312
 #              (2,113,536 of them in matmuls)
-# tokens       1,300 steps x 2,048 = 2,662,400, of the 2.8 million in the training shards: not quite one epoch
-# compute      14,450,688 FLOPs per token -> 3.85e13 for the run: some six minutes on two cores
+# tokens       1,300 steps x 2,048 = 2,662,400: not quite one epoch of the 2.8 million for training
+# compute      14,450,688 FLOPs per token -> 3.85e13 for the run: some seven minutes on two cores
 # checkpoint   2,901,312 x 4 bytes x (weights + 2 moments) = 0.03 GB
 #
 #     python train.py config/demo.py
@@ -24,7 +24,7 @@ max_steps = 1_300
 
 learning_rate = 3e-3
 warmup_steps = 100
-dtype = "float32"  # a CPU has no use for bfloat16
+dtype = "float32"  # bfloat16 gains nothing on a CPU
 
 log_every = 20
 eval_every = 200

@@ -10,7 +10,8 @@
                                 and the size and SHA-256 of every other file
 
 A directory named step_NNNNNNNN is complete and on the disk. Anything else ends in .partial,
-.removed or .set_aside. Nothing is pickled, so reading a stranger's checkpoint cannot run code.
+.removed or .set_aside (or .set_aside1, ...). Nothing is pickled, so reading a stranger's checkpoint
+cannot run code.
 """
 import dataclasses
 import hashlib
@@ -97,8 +98,8 @@ def read_state(checkpoint):
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
     if found != FORMAT:
-        raise UserError(f"{path} has format {found!r}, of another version of this code, "
-                        f"which reads {FORMAT}")
+        raise UserError(f"{path} has format {found!r}, of another version of this code; "
+                        f"this version reads format {FORMAT}")
     state.pop("sha256", None)
     if state_bytes(state) != content:
         raise UserError(f"{path} is damaged: its content does not match its checksum")
@@ -174,7 +175,7 @@ def write(directory, tensors, others, state):
         for name in tensors:
             write_tensors(partial / f"{name}.safetensors", tensors[name])
         paths = sorted(partial.iterdir())
-        with ThreadPoolExecutor() as threads:  # flush and hash at once: they take equally long
+        with ThreadPoolExecutor() as threads:  # flush and hash side by side: they take equally long
             digests = threads.map(sha256, paths)
             for path in paths:
                 fsync(path)

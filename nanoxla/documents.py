@@ -148,8 +148,8 @@ def document_text(document, text_key):
 
 
 def hash_fraction(text, salt):
-    """A number in [0, 1) that depends only on the text, so that equal documents go to the same
-    split."""
+    """A number in [0, 1) that depends only on the text and the salt, so that equal documents go to
+    the same split."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=salt).digest()
     return int.from_bytes(digest, "big") / 2**64
 

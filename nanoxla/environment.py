@@ -1,4 +1,5 @@
-"""Environment variables that break torch_xla, or that silently change what it computes."""
+"""Environment variables that break torch_xla, silently change what it computes, or make it
+faster."""
 import os
 
 from nanoxla.errors import UserError

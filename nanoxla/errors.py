@@ -1,4 +1,5 @@
-"""How a command ends: a user's mistake in one sentence and exit code 2, a bug in its traceback."""
+"""How a command ends: a user's mistake with a sentence and exit code 2, a bug with its
+traceback."""
 import os
 import sys
 

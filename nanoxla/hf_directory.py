@@ -152,8 +152,8 @@ def check_size(directory, values, copies, tensors):
 
 
 def copy_embedding(directory, tensors):
-    """Makes the embedding the weights of the output head too. Raises UserError if `tensors` has
-    others."""
+    """Uses the embedding as the weights of the output head too. Raises UserError if `tensors` has a
+    different lm_head.weight."""
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None:
         return  # load_model reports it

@@ -20,11 +20,11 @@ A Ctrl-C (SIGINT) or SIGTERM:
     of the main process receives it.
  2. The handler prints a note. The main thread creates DIR/stop.
  3. Each worker looks for the file at every step and sends a flag through the step's all-reduce. So
-    all cores read the request in the same report, at most log_every steps later. (If each stopped
+    all cores read the request in the same report, about log_every steps later. (If each stopped
     when it saw the file, some core would do one step more than the others, and wait forever in
     that step's all-reduce.)
  4. Core 0 saves; all cores leave the loop and return. xmp.spawn returns; the exit code is 0.
-A second Ctrl-C kills the workers at once; the exit code is 130.
+A Ctrl-C after that kills the workers at once; the exit code is 130.
 
 A core that fails, by an exception or by a kill:
  1. The other cores wait for it in the next all-reduce, where no exception reaches them.
@@ -32,7 +32,8 @@ A core that fails, by an exception or by a kill:
     with os._exit. (An ordinary exit would first wait for threads and for the device, which wait for
     the other cores.) If several fail, only the first prints. A killed worker does none of this.
  3. The main thread sees that a process is gone that has not returned, and kills all workers.
- 4. The main process exits with CODE: 2 for a user's mistake, 1 for a bug or a killed worker.
+ 4. The main process exits with CODE: 2 for a user's mistake or a failure of the operating system,
+    1 for a bug or a killed worker.
 """
 import contextlib
 import multiprocessing
@@ -56,7 +57,7 @@ def run_on_all_cores(spawn, worker, *arguments):
     """Calls worker(*arguments, stop_requested) on every core, and waits until all have returned.
 
     spawn is xmp.spawn. stop_requested() is true in every worker after a SIGINT or SIGTERM. Exits
-    the process if a worker failed, or at a second SIGINT."""
+    the process if a worker failed, or at a SIGINT after either."""
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(1) as thread:
         received, workers = [], set()
         Path(directory, "running").mkdir()

@@ -10,14 +10,14 @@ step 2:
     device            |         step 1          |         step 2          |         step 3
                       ^ sync starts it          ^ report 1 is ready       ^ report 2 is ready
 
-Most reports are never read: only those of steps that are due (every log_every), of the first step
-of a session, and of a step before an evaluation or a checkpoint. A callback notes when a report is
+Only these reports are read: those of steps that are due (every log_every), of the first step of a
+session, and of a step before an evaluation or a checkpoint. A callback notes when a report is
 ready. The difference of two such times is the duration of the steps in between. (The times of
 reading would be wrong: the host may read a report long after it was ready.)
 
 Before an evaluation or a checkpoint, after the last step, and when the run stops, the report is
 read at once: the host has to wait for the device anyway. The clock then stops until the next step
-begins, so neither evaluations nor checkpoints affect the speed in a row.
+begins, so neither evaluations nor checkpoints affect the speed that a row reports.
 """
 import contextlib
 import json
@@ -90,8 +90,8 @@ class PendingReport(NamedTuple):
     report: torch.Tensor  # on the device
     ready: SimpleQueue  # receives the time at which the report is ready
     pause: bool  # whether an evaluation or a checkpoint follows
-    host: float  # Clock.host at the end of this step
-    compile: float  # Clock.compile at the end of this step
+    host: float  # Clock.host when the host had started this step
+    compile: float  # Clock.compile at the same time
 
 
 class TrainingLog:

@@ -81,7 +81,7 @@ def check_same_run(config, data_sha256, checkpoint):
         changes.append(f"the training data differs: it was {saved['train_glob']} in "
                        f"{saved['data_dir']}, is {config.train_glob} in {config.data_dir}")
     if tokenizer and state["tokenizer"] and sha256(tokenizer) != state["tokenizer_sha256"]:
-        changes.append(f"the tokenizer differs from {tokenizer}")
+        changes.append(f"the tokenizer of the run was not {tokenizer}")
     if changes:
         raise UserError(f"{checkpoint} belongs to another run: {'; '.join(changes)}. "
                         "Undo these changes, or choose another out_dir")

@@ -110,7 +110,7 @@ class Saver:
         self.log.say(f"saved {directory} in {seconds:.1f} s; training waited {waited:.2f} s for "
                      f"the previous save and {copied:.2f} s for the copy from the device")
         in_a_row = self.host_tensors["optimizer"]["skipped"][1]
-        if in_a_row == 0:  # otherwise the run may be diverging, and an older checkpoint be needed
+        if in_a_row == 0:  # else the run may be diverging, and an older checkpoint may be needed
             for old in list_checkpoints(config.out_dir)[:-config.keep_checkpoints]:
                 self.remove(old)
 

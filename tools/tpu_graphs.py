@@ -175,6 +175,7 @@ def jit_for_tpu(function, jit=jax.jit, **options):
 
 def record(config, cores):
     """The graphs of an optimiser step, and those that evaluate one batch: two lists of Graph."""
+    gc.freeze()  # live_tensors then skips all objects that exist by now: there is no tensor yet
     jax.jit = jit_for_tpu
     device = torch_xla.device()
     # From now on xr.world_size() is `cores`, and graphs contain an all-reduce over all of them.
