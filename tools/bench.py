@@ -71,8 +71,8 @@ DEMO, REFERENCE = ROOT / "config/demo.py", ROOT / "config/fwedu_124m.py"
 
 
 def print_row(name, ratio, ours, peer="", notes=""):
-    """ratio: how many times the peer's speed is ours; for save and load, how many times the peer's
-    time is ours. None without a peer."""
+    """ratio: our speed divided by the peer's; for save and load, our time divided by the peer's.
+    None if there is no peer."""
     ratio = "" if ratio is None else f"{ratio:.2f} x"
     print(f"{name:8} {ratio:>7}  {ours:20} {peer:24} {notes}".rstrip(), flush=True)
 
@@ -316,8 +316,8 @@ def bench_sample(directory, runs):
     their_first, their_total, their_peak = map(statistics.median, theirs[1:])
     print_row("sample", their_total / total, f"{NEW_TOKENS / total:.1f} tokens/s",
               f"transformers: {NEW_TOKENS / their_total:.1f}",
-              f"the first after {1e3 * first:.0f}, theirs {1e3 * their_first:.0f} ms; "
-              f"{peak / 2**20:,.0f}, theirs {their_peak / 2**20:,.0f} MB")
+              f"the first after {1e3 * first:.0f} against {1e3 * their_first:.0f} ms; "
+              f"{peak / 2**20:,.0f} against {their_peak / 2**20:,.0f} MB")
 
 
 def time_sampling(load, directory):

@@ -64,15 +64,17 @@ def stable_hlo(graph):
 
 # --- counting cycles ----------------------------------------------------------------------------
 
+
 def count_cycles(hlo, config, cores, bundles):
     """The cycles of one run of a compiled graph, as two Counters: by kind and by source line.
 
-    hlo: optimised HLO as text, with an instruction a line, such as
+    hlo: optimised HLO as text, one instruction per line, such as
 
         %fusion.7 = bf16[8192,768]{1,0} fusion(%p.1, %p.2), metadata={op_name="model.py_145.2/dot"},
             backend_config={"estimated_cycles":"70610"}
 
     bundles: (forward, backward) of the attention kernel, as kernel_bundles counts them; or None."""
+    # how often a kernel's program runs, for each layer of a micro-batch
     programs = config.micro_batch_size * config.dim // flash_attention.LANES
     by_kind, by_line = collections.Counter(), collections.Counter()
     sizes = {}  # {name of an instruction: bytes of its results}
@@ -87,7 +89,7 @@ def count_cycles(hlo, config, cores, bundles):
             kind, cycles = "compiler", float(estimated[1])
         elif opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction:
             kind, line = "flash", "flash_attention.py"
-            backward = results.startswith("(")  # a tuple: only the backward kernel has several
+            backward = results.startswith("(")  # a tuple: only this one has several results
             cycles = programs * bundles[backward]
         elif opcode in ("all-reduce", "all-reduce-start"):
             kind, cycles = "all_reduce", CLOCK * 2 * (cores - 1) / cores * sizes[name] / LINK
@@ -125,7 +127,7 @@ def num_bytes(shapes):
 def kernel_bundles(config, topology):
     """The instruction bundles of the forward and the backward kernel of flash_attention.py, for one
     program: a window and 128 lanes of heads. A bundle takes one cycle."""
-    # libtpu writes its dump to a directory that it is told when it is loaded: so in a new process.
+    # libtpu learns where to dump when it is loaded, so load it in a new process.
     with tempfile.TemporaryDirectory() as directory:
         dump = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
         environment = {"LIBTPU_INIT_ARGS": f"{os.environ['LIBTPU_INIT_ARGS']} {dump}"}
