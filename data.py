@@ -106,7 +106,7 @@ def window_starts(samples, num_tokens, context, seed):
 
 class TokenDataset:
     """Shards as one ring of tokens, read in windows of context + 1 tokens. The last token is only a
-    target; it is also the first token of the next window."""
+    target; the next window on the ring, if there is one, begins with it."""
 
     def __init__(self, paths, context, vocab_size):
         self.paths, self.context, self.vocab_size = paths, context, vocab_size

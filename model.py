@@ -173,8 +173,8 @@ class ShiftedCrossEntropy(torch.autograd.Function):
 
     The loss of a row is log(sum(exp(logits))) - logits[target]. The exponentials may overflow, so
     every implementation subtracts a shift first: log(sum(exp(logits - shift))) + shift is the same
-    number for any shift. The usual shift is the row's largest logit. But finding it takes a second
-    pass over all logits, after the first has computed them.
+    number for any shift. The usual shift is the row's largest logit. But that is known only once
+    all logits have been computed, so the exponentials need a second pass over them.
 
     Our shift is known before the logits are: the logit of the target, a dot product of two vectors,
     plus 16 as headroom for larger logits. XLA can then sum the exponentials while it computes the
@@ -212,11 +212,11 @@ def one_hot(targets, logits):
 class KVCache:
     """The keys and values of the tokens read so far, for generating one token at a time.
 
-    For XLA, shapes never change and the position is a tensor, so one graph serves every position.
-    (The position has the shape [1]: torch_xla makes a 0 or 1 without dimensions a constant of the
-    graph, like a Python number.) Slots from `position` on hold stale values, which no query sees
-    before they are overwritten. So a prompt may be padded: set `position` back to its true length,
-    and the padding is stale."""
+    To suit XLA, shapes never change and the position is a tensor, so one graph serves every
+    position. (It has the shape [1]: for torch_xla a new 0 or 1 without dimensions is a constant,
+    like a Python number.) Slots from `position` on hold stale values, which no query sees before
+    they are overwritten. So a prompt may be padded: set `position` back to its true length, and the
+    padding is stale."""
 
     def __init__(self, config, batch_size, device, length=None):
         """length: the number of tokens to make room for. Default and maximum: the context."""

@@ -183,11 +183,12 @@ class AdamW(torch.optim.Optimizer):
 
 
 class TracedModel:
-    """Loss and gradients of a micro-batch, traced once and then replayed.
+    """Loss and gradients of a micro-batch, without tracing them anew for each.
 
     Recording the hundreds of operations of forward and backward takes Python longer than a TPU
-    takes to compute them. So they are recorded once (nanoxla/tracing.py), as pure functions: the
-    sums of loss and gradients over the micro-batches go in, and the new sums come out.
+    takes to compute them. So only the first call records them. Each later call records a single
+    operation that refers to that first trace (nanoxla/tracing.py). This requires pure functions:
+    the sums of loss and gradients so far go in, and the new sums come out.
     """
 
     def __init__(self, model, config):
@@ -195,11 +196,12 @@ class TracedModel:
         self.names, self.parameters = zip(*model.named_parameters())
         self.device = self.parameters[0].device
         self.micro_batches = config.batch_size // (xr.world_size() * config.micro_batch_size)
-        # The sync in `worker` makes it a buffer on the device, which is an input of graph 1. A
-        # Python 0 would be a constant, and the first micro-batch a graph of its own.
+        # The sync in `worker` turns this zero into a buffer on the device: an input of the
+        # micro-batch graph. A Python 0 would be a constant, and the first micro-batch of a step
+        # would be another graph.
         self.zero = torch.zeros((), device=self.device)
         self.loss_sum = self.zero
-        depends_on = config, self.micro_batches
+        depends_on = config, self.micro_batches  # Python values that the traces freeze
         self.add_loss = trace_once(self.add_loss, depends_on)
         self.add_loss_and_gradients = trace_once(self.add_loss_and_gradients, depends_on)
 
@@ -226,11 +228,11 @@ class TracedModel:
     def accumulate_gradients(self, tokens):
         """Adds to loss_sum and to p.grad of every parameter.
 
-        The traced function returns the sums of the gradients in reverse order, for speed only. For
-        each result of the graph, XLA reuses the memory of the first unused input of the same shape.
-        torch_xla lists the inputs in the opposite order to the results. So if the results are
-        reversed, each sum meets its own old gradient, and XLA adds in place. That saves 6 % of a
-        step.
+        The traced function returns the sums of the gradients in reverse order, for speed only. XLA
+        goes through the results of the graph, and gives each the memory of the first input of its
+        shape that no earlier result has taken. torch_xla lists the inputs in the opposite order to
+        the results. So if the results are reversed, each sum meets its own old gradient, and XLA
+        adds in place. That saves 6 % of a step.
 
         The sums are local variables. Whatever Python still refers to at the sync becomes a result
         of the graph with memory of its own, and each sum would exist twice: there and in p.grad."""
@@ -254,23 +256,24 @@ def train_step(traced, optimizer, batch, step, stop):
     Returns a report, a tensor [5] on the device: the mean loss over all cores, the gradient's norm,
     the updates skipped in total and in a row, and the number of cores that were asked to stop.
     """
-    # Graph 1, run once for every micro-batch: forward, backward, add to the sums. The sync ends it.
-    # Without the sync all micro-batches would form one large graph: longer to compile, and with
+    # The micro-batch graph, run once for each: forward, backward, add to the sums. The sync ends
+    # it. Without the sync all micro-batches would form one large graph: longer to compile, and with
     # the activations of all of them in memory.
     for tokens in batch.split(traced.config.micro_batch_size):
         traced.accumulate_gradients(tokens)
         torch_xla.sync()
 
-    # Graph 2: average over the cores, clip, update. The stop flag has the shape [1]: torch_xla
-    # makes a 0 or 1 without dimensions a constant, as if it were a Python number, so a request to
-    # stop would change the graph, which would be compiled again.
+    # The update graph: average over the cores, clip, update. The stop flag has the shape [1]: a 0
+    # or 1 without dimensions is a constant for torch_xla, like a Python number, until a sync has
+    # made it a buffer. A request to stop would then change the graph and compile it again.
     stop = torch.tensor([float(stop)]).to(traced.device)
     loss = traced.take_loss_sum()[None] / xr.world_size()  # the sum is a mean already
     loss, stops = xm.all_reduce(xm.REDUCE_SUM, torch.cat([loss, stop])).unbind()
     schedule = optimizer.schedule(step).to(traced.device)
     grad_norm = xm.optimizer_step(optimizer, optimizer_args={"schedule": schedule, "loss": loss})
-    # Zeros, not None: gradients are inputs of graph 1, so the first micro-batch of a step needs
-    # some to add to, like all the others. Without them it would have to be a different graph.
+    # Zeros, not None: gradients are inputs of the micro-batch graph, so the first micro-batch of a
+    # step needs some to add to, like all the others. Without them it would have to be a different
+    # graph.
     optimizer.zero_grad(set_to_none=False)
     report = torch.stack([loss, grad_norm, *optimizer.skipped.unbind(), stops])
     torch_xla.sync()
@@ -300,9 +303,9 @@ def worker(config, checkpoint, deadline, stop_requested):
     deadline: the value of time.monotonic() by which the run must have saved. stop_requested: a
     function that returns whether the user asked to stop.
 
-    A run compiles six graphs, whatever its length: (1) the zeros of moments and gradients (weights
-    are uploaded, not computed) and (2) check_all_cores_start_at; (3) a micro-batch and (4) the
-    update, in train_step; (5) a micro-batch without gradients and (6) the mean, in evaluate."""
+    A run compiles six graphs, whatever its length. At the start: the zeros of moments and gradients
+    (weights are uploaded, not computed), and check_all_cores_start_at. In train_step: a
+    micro-batch, and the update. In evaluate: a micro-batch without gradients, and the mean loss."""
     rank, cores, device = xr.global_ordinal(), xr.world_size(), torch_xla.device()
     check_batch_size(config, cores)
 

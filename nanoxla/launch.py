@@ -24,7 +24,7 @@ A Ctrl-C (SIGINT) or SIGTERM:
     when it saw the file, some core would do one step more than the others, and wait forever in
     that step's all-reduce.)
  4. Core 0 saves; all cores leave the loop and return. xmp.spawn returns; the exit code is 0.
-A Ctrl-C after that kills the workers at once; the exit code is 130.
+A Ctrl-C during steps 2 to 4 kills the workers at once; the exit code is 130.
 
 A core that fails, by an exception or by a kill:
  1. The other cores wait for it in the next all-reduce, where no exception reaches them.
@@ -57,7 +57,7 @@ def run_on_all_cores(spawn, worker, *arguments):
     """Calls worker(*arguments, stop_requested) on every core, and waits until all have returned.
 
     spawn is xmp.spawn. stop_requested() is true in every worker after a SIGINT or SIGTERM. Exits
-    the process if a worker failed, or at a SIGINT after either."""
+    the process if a worker failed, or at a SIGINT that follows a first SIGINT or SIGTERM."""
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(1) as thread:
         received, workers = [], set()
         Path(directory, "running").mkdir()
@@ -94,8 +94,9 @@ def run_on_all_cores(spawn, worker, *arguments):
 
 
 def any_lost(directory):
-    """Whether a process is gone although its worker has not returned. (A process that ended between
-    two looks of the main thread is not in its set of workers, but its file is there.)"""
+    """Whether a process is gone although its worker has not returned. (A process that started and
+    ended between two looks of the main thread is not in its set of workers, but its file is
+    there.)"""
     pids = [path.name.split(".")[0] for path in Path(directory, "running").iterdir()]
     return any(not Path("/proc", pid).exists() for pid in pids)
 
