@@ -151,7 +151,7 @@ class TrainingLog:
             self.diverged = (f"step {pending.step}: loss {loss}, gradient norm {grad_norm}, "
                              f"{in_a_row:.0f} updates skipped in a row: the run has diverged; "
                              "start again with a lower learning_rate")
-        self.stopping = bool(stops or self.diverged)
+        self.stopping |= bool(stops or self.diverged)
 
     def write_training_row(self, pending, loss, grad_norm, skipped):
         config, step = self.config, pending.step
