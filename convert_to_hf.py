@@ -22,10 +22,11 @@ transformers, lm-evaluation-harness, vLLM and llama.cpp read the directory. Writ
 them. A model that the other side cannot express exactly is refused, never approximated. A tokenizer
 that it cannot express is left out, with a warning.
 
---from-hf renames them back. Weights that model.py does not share are copied: key-value heads, and
-an embedding that is also the head. It writes a run with a single checkpoint, of step 0. `sample.py
---checkpoint out/tiny` samples from it, and `train.py CONFIG --resume=out/tiny` trains it further.
-nanoxla/hf_directory.py reads the Hugging Face directory.
+--from-hf renames the weights back. Weights that the Hugging Face model shares are copied: a
+key-value head of several attention heads, and an embedding that is also the output head. It writes
+a run with a single checkpoint, of step 0. `sample.py --checkpoint out/tiny` samples from it, and
+`train.py CONFIG --resume=out/tiny` trains it further. nanoxla/hf_directory.py reads the Hugging
+Face directory.
 """
 import argparse
 import json

@@ -22,8 +22,8 @@ With batch_size = 4, step 0 reads the windows 4 3 9 5 of epoch 0, and step 2 rea
 and 1 9 of epoch 1. On two cores, core 0 reads the first half of each batch, core 1 the second.
 
 The order is computed, not stored: a step's windows are a function of (seed, step). So resuming
-needs no loader state, every number of cores reads the same batches, and a terabyte of shards needs
-no more memory than a megabyte."""
+needs no loader state, the batches are the same on any number of cores, and a terabyte of shards
+needs no more memory than a megabyte."""
 import argparse
 import hashlib
 import math

@@ -125,6 +125,8 @@ class Attention(nn.Module):
         B, T, D = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, T, D], heads side by side
         if self.flash and cache is None:
+            # The kernel rotates q and k, and masks by itself. It takes the width of a head from
+            # cos.
             return self.o_proj(flash_attention(q, k, v, cos, sin))
         q, k, v = (x.view(B, T, self.n_heads, -1).transpose(1, 2) for x in (q, k, v))  # B, H, T, K
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)

@@ -49,8 +49,8 @@ def sample_token(logits, temperature, top_k, top_p, generator):
 
     temperature: divides the logits. Below 1, likely tokens become even likelier. 0 always takes the
     likeliest (greedy sampling). top_k: draw only among the top_k likeliest tokens; 0 means all.
-    top_p: of these, keep the fewest likeliest tokens whose probabilities add up to at least top_p
-    (nucleus sampling, https://arxiv.org/abs/1904.09751)."""
+    top_p: of these, keep the smallest set of the likeliest tokens whose probabilities add up to at
+    least top_p (nucleus sampling, https://arxiv.org/abs/1904.09751)."""
     if temperature == 0:
         return int(logits.argmax())
     logits, ids = logits.topk(min(top_k or len(logits), len(logits)))  # the likeliest first
@@ -161,7 +161,7 @@ class Decoder:
     def compute(self, tokens, position, last):
         """The logits [V] of the token that follows tokens[:, last]. tokens [1, T]; position [1] of
         the first of them; last [1]."""
-        self.cache.position = position  # undoes the advance over padding, which is overwritten
+        self.cache.position = position  # the last chunk advanced over its padding
         hidden = self.model.hidden(tokens, self.cache)  # [1, T, D]
         return self.model.lm_head(hidden.index_select(1, last))[0, 0]  # [V]
 
@@ -249,7 +249,7 @@ def continue_prompt(prompt, decoder, processor, arguments):
     ids = [processor.bos_id(), *processor.encode(prompt)]
     if len(ids) >= context:
         raise UserError(f"the prompt has {len(ids):,} tokens; the model's context of {context:,} "
-                        f"has room for {context - 1:,} and a new one")
+                        f"has room for {context - 1:,} and a new token")
     total = 0
     for i in range(arguments.num_samples):
         tokens = generate(decoder, ids, arguments.max_new_tokens, processor.vocab_size(),
@@ -279,7 +279,7 @@ def parse_arguments():
     add("--top-k", type=int, default=50,
         help="draw among this many of the likeliest tokens; 0: among all (%(default)s)")
     add("--top-p", type=float, default=1.0,
-        help="draw among the fewest likeliest tokens that add up to this (%(default)s)")
+        help="draw among the smallest set of likeliest tokens that adds up to this (%(default)s)")
     add("--seed", type=int, default=0, help="seed of the first sample (%(default)s)")
     add("--num-samples", type=int, default=1,
         help="continuations of each prompt; their seeds count up from --seed (%(default)s)")

@@ -243,7 +243,8 @@ class TracedModel:
             p.grad.copy_(gradient_sum)
 
     def take_loss_sum(self):
-        """The sum of the losses so far; the next sum starts from 0."""
+        """What has been added to loss_sum. In training it is the mean over the micro-batches of a
+        step, in evaluation their sum. The next sum starts from 0."""
         taken, self.loss_sum = self.loss_sum, self.zero
         return taken
 
@@ -267,7 +268,7 @@ def train_step(traced, optimizer, batch, step, stop):
     # or 1 without dimensions is a constant for torch_xla, like a Python number, until a sync has
     # made it a buffer. A request to stop would then change the graph and compile it again.
     stop = torch.tensor([float(stop)]).to(traced.device)
-    loss = traced.take_loss_sum()[None] / xr.world_size()  # the sum is a mean already
+    loss = traced.take_loss_sum()[None] / xr.world_size()  # a mean over micro-batches
     loss, stops = xm.all_reduce(xm.REDUCE_SUM, torch.cat([loss, stop])).unbind()
     schedule = optimizer.schedule(step).to(traced.device)
     grad_norm = xm.optimizer_step(optimizer, optimizer_args={"schedule": schedule, "loss": loss})
@@ -331,7 +332,7 @@ def worker(config, checkpoint, deadline, stop_requested):
 
     def stop_wanted():
         # After a request the run goes on to the next report, and then saves. Allow twice the
-        # longest interval and the longest save so far.
+        # sum of the longest interval and the longest save so far.
         time_to_stop = 2 * (log.longest_interval + saver.longest_save)
         late = rank == 0 and time.monotonic() + time_to_stop > deadline
         return late or stop_requested()

@@ -5,14 +5,14 @@
       | second thread          xmp.spawn(...), which waits for the workers
       |
       +-- worker of core 0     a TPU core belongs to one process, so there is a process for each
-      +-- worker of core 1     (on the CPU: one process, whose threads are the cores)
-      +-- ...
+      +-- worker of core 1     (on a CPU one process with one core; tests/replicas.py has several
+      +-- ...                  cores as threads of one process)
 
 Messages are passed as files in a temporary directory:
 
     DIR/stop                 main process to workers: the user asked to stop
-    DIR/running/PID.CORE     worker to main process: I run; removed when the worker returns
-    DIR/failed/CODE          worker to main process: I failed; the command shall exit with CODE
+    DIR/running/PID.CORE     worker to main process: I am running; removed at the end
+    DIR/failed/CODE          worker to main process: I failed; exit with CODE
 
 A Ctrl-C (SIGINT) or SIGTERM:
  1. A terminal sends SIGINT to all processes. The workers have inherited a signal mask that blocks
@@ -20,9 +20,9 @@ A Ctrl-C (SIGINT) or SIGTERM:
     of the main process receives it.
  2. The handler prints a note. The main thread creates DIR/stop.
  3. Each worker looks for the file at every step and sends a flag through the step's all-reduce. So
-    all cores read the request in the same report, about log_every steps later. (If each stopped
-    when it saw the file, some core would do one step more than the others, and wait forever in
-    that step's all-reduce.)
+    all cores read the request in the same report, at most log_every + 1 steps later. (If each
+    stopped when it saw the file, some core would do one step more than the others, and wait forever
+    in that step's all-reduce.)
  4. Core 0 saves; all cores leave the loop and return. xmp.spawn returns; the exit code is 0.
 A Ctrl-C during steps 2 to 4 kills the workers at once; the exit code is 130.
 
@@ -67,8 +67,8 @@ def run_on_all_cores(spawn, worker, *arguments):
                 kill(workers)
                 os._exit(130)
             received.append(number)
-            note = (f"{signal.Signals(number).name}: stopping within log_every steps, and saving; "
-                    "Ctrl-C ends at once\n")
+            note = (f"{signal.Signals(number).name}: stopping within log_every + 1 steps, and "
+                    "saving; Ctrl-C ends at once\n")
             with contextlib.suppress(OSError):  # the terminal is gone
                 os.write(sys.stderr.fileno(), note.encode())
 

@@ -135,7 +135,7 @@ def encode_files(files, tokenizer, writers, val_fraction, text_key, processes):
             for batch in batches(files, text_key, progress):
                 if len(in_progress) == 3 * processes:
                     write_oldest()
-                with signals_blocked(signal.SIGINT):  # submit starts processes; we handle Ctrl-C
+                with signals_blocked(signal.SIGINT):  # the new processes ignore Ctrl-C
                     in_progress.append(pool.submit(Encoder.encode, batch))
             while in_progress:
                 write_oldest()

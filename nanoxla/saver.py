@@ -87,9 +87,9 @@ class Saver:
                 self.host_tensors[file][key].copy_(tensor.detach())
         copied = time.perf_counter() - started - waited
         metrics = bytes(self.log.rows)
-        self.job = self.executor.submit(self.write, step, metrics, last, started, waited, copied)
+        self.job = self.executor.submit(self.finish, step, metrics, last, started, waited, copied)
 
-    def write(self, step, metrics, last, started, waited, copied):
+    def finish(self, step, metrics, last, started, waited, copied):
         """The part of a save that runs in the thread."""
         config, directory = self.config, self.directory / f"step_{step:08d}"
         others = {"metrics.jsonl": metrics}

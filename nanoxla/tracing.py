@@ -5,7 +5,7 @@ import torch
 from torch_xla.experimental.assume_pure import assume_pure_torch
 
 
-@torch.no_grad()  # assume_pure_torch requires it: its results cannot be differentiated
+@torch.no_grad()  # assume_pure_torch insists on it when it wraps a function
 def trace_once(function, depends_on):
     """A faster `function`, for XLA tensors. The first call traces it, which records hundreds of
     operations. Each later call records a single operation that refers to the trace.

@@ -291,7 +291,7 @@ def test_the_default_is_the_run_that_saved_last(trained, tmp_path, monkeypatch):
     (["--prompt", "\udcff"], "is not UTF-8"),  # Python's str for the byte \xff
     (["--num-samples", "0"], "expected --max-new-tokens and --num-samples of at least 1"),
     (["--prompt", "a b c d e f g h i j k l m n o p q r s t"],
-     "context of 16 has room for 15 and a new one"),
+     "context of 16 has room for 15 and a new token"),
 ])
 def test_mistakes_are_reported_in_one_line(mistake, trained, arguments, message):
     out, err = mistake(sample.main, "--checkpoint", trained, "--prompt", "we", *arguments)
