@@ -171,7 +171,8 @@ def next_token_loss(x, head, targets):
 
 
 class ShiftedCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(logits [N, V], targets [N]), faster on a TPU when V is large.
+    """F.cross_entropy(logits [N, V], targets [N]); faster when V is large, by the TPU compiler's
+    estimate.
 
     The loss of a row is log(sum(exp(logits))) - logits[target]. The exponentials may overflow, so
     every implementation subtracts a shift first: log(sum(exp(logits - shift))) + shift is the same

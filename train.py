@@ -120,12 +120,12 @@ class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101), after clipping by global
     norm. An update whose loss or gradient is not finite is skipped.
 
-    Why not torch.optim.AdamW? It keeps its hyper-parameters as Python numbers. torch_xla makes a
-    Python number an input of the graph, except 0 and 1, which it makes constants. So a value that
-    reaches 0 or 1 changes the graph, and the step is compiled again in the middle of the run: for
-    beta2 = 0.95 that is the 325th step, where sqrt(1 - beta2^325) rounds to 1 in float32. Here,
-    everything that depends on the step comes in one small tensor, and the moments exist from the
-    start: one graph, whatever the step.
+    Why not torch.optim.AdamW? By default it computes the learning rate and the bias corrections as
+    Python numbers. torch_xla makes a Python number an input of the graph, except 0 and 1, which it
+    makes constants. So a value that reaches 0 or 1 changes the graph, and the step is compiled
+    again in the middle of the run: for beta2 = 0.95 that is the 325th step, where sqrt(1 -
+    beta2^325) rounds to 1 in float32. Here, everything that depends on the step comes in one small
+    tensor, and the moments exist from the start: one graph, whatever the step.
     """
 
     def __init__(self, parameters, config):
@@ -186,9 +186,9 @@ class TracedModel:
     """Loss and gradients of a micro-batch, without tracing them anew for each.
 
     Recording the hundreds of operations of forward and backward takes Python longer than a TPU
-    takes to compute them. So only the first call records them. Each later call records a single
-    operation that refers to that first trace (nanoxla/tracing.py). This requires pure functions:
-    the sums of loss and gradients so far go in, and the new sums come out.
+    needs, by estimate, to compute them. So only the first call records them. Each later call
+    records a single operation that refers to that first trace (nanoxla/tracing.py). This requires
+    pure functions: the sums of loss and gradients so far go in, and the new sums come out.
     """
 
     def __init__(self, model, config):
@@ -228,14 +228,15 @@ class TracedModel:
     def accumulate_gradients(self, tokens):
         """Adds to loss_sum and to p.grad of every parameter.
 
-        The traced function returns the sums of the gradients in reverse order, for speed only. XLA
-        goes through the results of the graph, and gives each the memory of the first input of its
-        shape that no earlier result has taken. torch_xla lists the inputs in the opposite order to
-        the results. So if the results are reversed, each sum meets its own old gradient, and XLA
-        adds in place. That saves 6 % of a step.
+        The traced function returns the sums of the gradients in reverse order, for speed only. For
+        each result in turn, XLA reuses the memory of the first input of the same shape that is
+        still free. torch_xla lists the old gradients last to first. With the new sums last to first
+        as well, each gets the memory of its own old gradient, and XLA adds in place. By the
+        compiler's estimate that saves 6 % of a step.
 
-        The sums are local variables. Whatever Python still refers to at the sync becomes a result
-        of the graph with memory of its own, and each sum would exist twice: there and in p.grad."""
+        These sums are local variables, gone before the sync. Whatever Python still refers to at the
+        sync becomes a result of the graph with memory of its own: each sum would exist twice, there
+        and in p.grad."""
         old = [p.grad for p in self.parameters]
         self.loss_sum, sums = self.add_loss_and_gradients(
             tokens.to(self.device), self.parameters, self.loss_sum, old)
@@ -264,11 +265,12 @@ def train_step(traced, optimizer, batch, step, stop):
         traced.accumulate_gradients(tokens)
         torch_xla.sync()
 
-    # The update graph: average over the cores, clip, update. The stop flag has the shape [1]: a 0
-    # or 1 without dimensions is a constant for torch_xla, like a Python number, until a sync has
-    # made it a buffer. A request to stop would then change the graph and compile it again.
+    # The update graph: average over the cores, clip, update. The stop flag has the shape [1].
+    # Without dimensions, a new 0 or 1 would be a constant of the graph, like a Python number: a
+    # request to stop would make a different graph, and XLA would compile again.
     stop = torch.tensor([float(stop)]).to(traced.device)
-    loss = traced.take_loss_sum()[None] / xr.world_size()  # a mean over micro-batches
+    loss = traced.take_loss_sum()[None]  # already a mean over this core's micro-batches
+    loss = loss / xr.world_size()  # a sum over the cores follows
     loss, stops = xm.all_reduce(xm.REDUCE_SUM, torch.cat([loss, stop])).unbind()
     schedule = optimizer.schedule(step).to(traced.device)
     grad_norm = xm.optimizer_step(optimizer, optimizer_args={"schedule": schedule, "loss": loss})

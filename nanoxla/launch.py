@@ -24,7 +24,7 @@ A Ctrl-C (SIGINT) or SIGTERM:
     stopped when it saw the file, some core would do one step more than the others, and wait forever
     in that step's all-reduce.)
  4. Core 0 saves; all cores leave the loop and return. xmp.spawn returns; the exit code is 0.
-A Ctrl-C during steps 2 to 4 kills the workers at once; the exit code is 130.
+A second Ctrl-C, while 2. to 4. are going on, kills the workers at once; the exit code is 130.
 
 A core that fails, by an exception or by a kill:
  1. The other cores wait for it in the next all-reduce, where no exception reaches them.
@@ -81,7 +81,8 @@ def run_on_all_cores(spawn, worker, *arguments):
                 with contextlib.suppress(OSError):  # the disk is full: try again in the next round
                     Path(directory, "stop").touch()
             workers.update(multiprocessing.active_children())
-            # xmp.spawn does not notice the end of a worker that started late, so look here.
+            # The process pool in xmp.spawn watches the workers that existed when it last woke up.
+            # It misses the end of one that started after that, so look here.
             if any(process.exitcode for process in workers) or any_lost(directory):
                 kill(workers)
         for number in STOP_SIGNALS:

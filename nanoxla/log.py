@@ -145,6 +145,8 @@ class TrainingLog:
         self.clock.step_finished(finished, pending.pause)
         self.longest_interval = max(self.longest_interval, finished - self.last_ready)
         self.last_ready = finished
+        # A resumed session reads its first report too, to time it, but writes no row for it: the
+        # rows are those of an uninterrupted run.
         if pending.step == 1 or due(pending.step, self.config.log_every, self.config):
             self.write_training_row(pending, loss, grad_norm, int(skipped))
         if in_a_row > self.config.max_skipped:
