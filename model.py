@@ -22,6 +22,7 @@ from torch import nn
 from nanoxla.config import POSITIVE, at_least, between, key, one_of, session_key
 from nanoxla.errors import UserError
 from nanoxla.flash_attention import flash_attention
+from nanoxla.shards import MAX_VOCAB_SIZE
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class ModelConfig:
     # A key is a line: type, default, the meaning that --help shows, the values allowed. The value
     # of a session_key may change when a run is resumed; all other keys define the run.
     vocab_size: int = key(32_000, "token ids are 0 .. vocab_size - 1",
-                          between(2, 65_536, "shards are uint16"))
+                          between(2, MAX_VOCAB_SIZE, "shards are uint16"))
     dim: int = key(768, "width of the residual stream", at_least(1))
     n_layers: int = key(12, "number of blocks", at_least(1))
     n_heads: int = key(12, "attention heads; divides dim", at_least(1))

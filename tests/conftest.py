@@ -64,6 +64,17 @@ def ended(process):
 
 
 @pytest.fixture
+def call(monkeypatch, capsys):
+    """call(main, *arguments) calls the main of a command in this process. Returns (stdout,
+    stderr)."""
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
+        main()
+        return capsys.readouterr()
+    return call
+
+
+@pytest.fixture
 def mistake(monkeypatch, capsys):
     """mistake(main, *arguments) calls a command's main in this process, which is faster than a new
     one, expects exit code 2 and returns (stdout, stderr)."""

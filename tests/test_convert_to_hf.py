@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import struct
-import sys
 
 import pytest
 import safetensors
@@ -95,17 +94,6 @@ def unusual(tokenizer, tmp_path_factory):
     code, out, err = run("convert_to_hf.py", "--checkpoint", out_dir)
     assert code == 0 and err == "" and f"-> {out_dir / 'hf'}: 30 tensors" in out
     return out_dir
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(main, *arguments) calls the main of a command in this process. Returns (stdout,
-    stderr)."""
-    def call(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        main()
-        return capsys.readouterr()
-    return call
 
 
 @pytest.fixture

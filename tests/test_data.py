@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import signal
-import sys
 import time
 
 import numpy as np
@@ -553,11 +552,9 @@ IDS = np.array([1, 5, 399, 2], "<u2")
     (b"\x93NUMPY" + IDS.tobytes(), (), r"a\.bin: this is a \.npy file"),
     (np.array([20240520, 1], "<i4").tobytes() + IDS.tobytes(), (), r"a\.bin: .* header of llm\.c"),
 ], ids=["no problem", "id outside the vocabulary", "32-bit ids", "a .npy file", "llm.c header"])
-def test_inspect_warns_about(tmp_path, monkeypatch, capsys, content, options, warning):
+def test_inspect_warns_about(tmp_path, call, content, options, warning):
     write(tmp_path / "a.bin", content)
-    monkeypatch.setattr(sys, "argv", ["data.py", "inspect", str(tmp_path), *options])
-    data.main()
-    printed = capsys.readouterr().out
+    printed, _ = call(data.main, "inspect", tmp_path, *options)
     warnings = [line for line in printed.splitlines() if line.startswith("WARNING: ")]
     assert "1 shards" in printed and len(warnings) == bool(warning)
     assert re.search(warning or "", "".join(warnings))

@@ -171,13 +171,9 @@ def test_a_character_appears_with_its_last_byte(processor):
 
 
 @pytest.fixture
-def sampled(monkeypatch, capsys):
+def sampled(call):
     """sampled(*arguments) calls the command in this process. Returns (stdout, stderr)."""
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
-        sample.main()
-        return capsys.readouterr()
-    return call
+    return lambda *arguments: call(sample.main, *arguments)
 
 
 def test_a_seed_gives_the_same_text_on_every_device(trained, sampled):
