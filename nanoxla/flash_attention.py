@@ -47,6 +47,7 @@ from nanoxla.errors import UserError
 
 LANES = 128
 BLOCK = 256  # queries. With fewer the matrix unit waits; with more, more work is masked out.
+MOSAIC_FORMAT = 4  # of the lowered kernel: libtpu 0.0.17 reads up to 4, libtpu 0.0.21 up to 7
 MAX_CONTEXT = 2_048  # blocks and heads are unrolled, and a longer program takes minutes to compile
 
 
@@ -220,14 +221,22 @@ def lane_tables(cos, sin):
 
 @functools.cache
 def exported(kernel, *shapes):
-    """The kernel, lowered for a TPU and for arguments of these shapes.
+    """The kernel, lowered for a TPU and for arguments of these shapes, as a jax.export.Exported.
 
-    jax.export writes kernels in a format some weeks old, for compatibility. jax.jit would write the
-    newest one, and that of jax 0.7.1 is too new for libtpu 0.0.21, which torch_xla 2.9.0 comes
-    with."""
+    On a TPU, JAX would ask the TPU's own libtpu how old it is, to choose a format that libtpu can
+    read. For that it would open the TPU a second time, while torch_xla holds it. So JAX gets no TPU
+    here, and a fixed format: the newest one that all libtpu of nanoxla/versions.py read. What a TPU
+    gets is then exactly what tools/compile_for_tpu.py compiles."""
     import jax.export
+    from jax._src import cloud_tpu_init, tpu_custom_call
 
-    return jax.export.export(jax.jit(kernel), platforms=["tpu"])(*shapes).call
+    jax.config.update("jax_platforms", "cpu")  # stronger than the variable JAX_PLATFORMS
+    cloud_tpu_init.running_in_cloud_tpu_vm = False
+    tpu_custom_call.get_ir_version = lambda context: MOSAIC_FORMAT
+    # Whoever calls the exported kernel does so on JAX's default device: the CPU.
+    any_platform = [jax.export.DisabledSafetyCheck.platform()]
+    return jax.export.export(jax.jit(kernel), platforms=["tpu"],
+                             disabled_checks=any_platform)(*shapes)
 
 
 def call(kernel, outputs, q, *others):
@@ -241,7 +250,7 @@ def call(kernel, outputs, q, *others):
         to_jax_shape_dtype_struct,
     )
 
-    kernel = exported(kernel, *map(to_jax_shape_dtype_struct, (q, *others)))
+    kernel = exported(kernel, *map(to_jax_shape_dtype_struct, (q, *others))).call
     return make_kernel_from_pallas(kernel, lambda q, *_: [(q.shape, q.dtype)] * outputs)(q, *others)
 
 

@@ -32,21 +32,25 @@ def compile_graph(graph, topology):
     """Compiles a Graph for all chips of a topology, such as "v5e:2x4". Returns the optimised HLO as
     text, and the bytes of HBM in use while the graph runs. Raises jax.errors.JaxRuntimeError if it
     does not compile."""
-    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    executable = compile_module(
+        stable_hlo(graph), topologies.get_topology_desc(topology, platform="tpu").devices)
+    memory = executable.get_compiled_memory_stats()
+    own_bytes = (memory.argument_size_in_bytes + memory.output_size_in_bytes
+                 - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+                 + memory.generated_code_size_in_bytes)
+    return executable.hlo_modules()[0].to_string(), own_bytes + graph.other_bytes
+
+
+def compile_module(module, devices):
+    """Compiles StableHLO bytecode for these devices, one replica on each."""
     options = xla_client.CompileOptions()
     build = options.executable_build_options
     options.num_replicas = build.num_replicas = len(devices)
     options.num_partitions = build.num_partitions = 1
     replicas = np.arange(len(devices)).reshape(-1, 1)
     options.device_assignment = xla_client.DeviceAssignment.create(replicas)
-    executable = devices[0].client.compile(
-        stable_hlo(graph), executable_devices=xla_client.DeviceList(tuple(devices)),
-        compile_options=options)
-    memory = executable.get_compiled_memory_stats()
-    own_bytes = (memory.argument_size_in_bytes + memory.output_size_in_bytes
-                 - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-                 + memory.generated_code_size_in_bytes)
-    return executable.hlo_modules()[0].to_string(), own_bytes + graph.other_bytes
+    return devices[0].client.compile(
+        module, executable_devices=xla_client.DeviceList(tuple(devices)), compile_options=options)
 
 
 def stable_hlo(graph):
@@ -138,16 +142,15 @@ def kernel_bundles(config, topology):
 def compile_kernels(config, topology, directory):
     """Compiles both kernels, and counts the bundles in libtpu's dump in `directory`."""
     T, L = config.context, flash_attention.LANES
-    device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices[:1]
     group = jax.ShapeDtypeStruct((1, T, L), config.dtype)  # of q, k, v and dy
     table = jax.ShapeDtypeStruct((T, L), "float32")  # of cosines and sines
     inputs = group, group, group, table, table
 
     def count_bundles(kernel, *shapes):
-        exported = flash_attention.exported(kernel, *shapes)
-        jitted = jax.jit(exported, in_shardings=sharding, out_shardings=sharding)
-        jitted.lower(*shapes).compile()
+        with mlir.make_ir_context():
+            module = ir.Module.parse(flash_attention.exported(kernel, *shapes).mlir_module())
+            compile_module(mlir.module_to_bytecode(module), devices)
         dump, = (path for path in Path(directory).glob("*-final_bundles.txt")
                  if kernel.__name__ in path.name and "schedule-analysis" not in path.name)
         return len(re.findall(r"^ *0x[0-9a-f]+ ", dump.read_text(), re.MULTILINE))

@@ -15,9 +15,7 @@ import sys
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
-import jax
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
@@ -160,23 +158,9 @@ def live_tensors():
     return [found[number] for number in sorted(found)]
 
 
-def jit_for_tpu(function, jit=jax.jit, **options):
-    """Stands in for jax.jit, which torch_xla uses to lower a Pallas kernel for JAX's default
-    device: here a CPU, which has no such kernels. This one lowers it for a TPU. Other callers get
-    the real jax.jit."""
-    jitted = jit(function, **options)
-    if sys._getframe(1).f_globals["__name__"] != "torch_xla.experimental.custom_kernel":
-        return jitted
-
-    def lower(*inputs, **options):
-        return jitted.trace(*inputs, **options).lower(lowering_platforms=("tpu",))
-    return SimpleNamespace(lower=lower)
-
-
 def record(config, cores):
     """The graphs of an optimiser step, and those that evaluate one batch: two lists of Graph."""
     gc.freeze()  # live_tensors then skips all objects that exist by now: there is no tensor yet
-    jax.jit = jit_for_tpu
     device = torch_xla.device()
     # From now on xr.world_size() is `cores`, and graphs contain an all-reduce over all of them.
     xm.set_replication(device, xm.get_xla_supported_devices())
