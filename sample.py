@@ -33,8 +33,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch
 
 from model import KVCache, load_model
-from nanoxla import checkpoint, hf_directory
-from nanoxla.errors import UserError, run_command
+from nanoxla import checkpoint, hf_directory, tpu
+from nanoxla.environment import mend_environment, use_one_chip
+from nanoxla.errors import UserError, first_line, run_command
 from nanoxla.prompts import read_prompts
 from nanoxla.tokenizer import load_tokenizer
 
@@ -230,13 +231,28 @@ def load(path):
     return model, load_tokenizer(directory / "tokenizer.model", model.config.vocab_size)
 
 
-def default_device():
-    """"xla" on a machine with a TPU, otherwise "cpu"."""
+def open_device(wanted=None):
+    """Returns "xla" or "cpu": the wanted one, or by default "xla" on a machine with a TPU. Of a TPU
+    it opens one chip. Raises UserError if another process holds the TPU."""
     # Importing torch_xla takes seconds. Without libtpu there is no TPU, so do not import it.
-    if os.environ.get("PJRT_DEVICE") == "CPU" or not importlib.util.find_spec("libtpu"):
+    no_tpu = os.environ.get("PJRT_DEVICE") == "CPU" or not importlib.util.find_spec("libtpu")
+    if wanted == "cpu" or (wanted is None and no_tpu):
         return "cpu"
+    mend_environment()
+    use_one_chip()
+    import torch_xla
     import torch_xla.runtime as xr
-    return "xla" if xr.device_type() == "TPU" else "cpu"
+    if xr.device_type() == "TPU":
+        if held := tpu.holders():
+            raise UserError(f"the TPU is in use by {tpu.describe(held)}; wait until it ends, "
+                            "or add --device cpu")
+        try:
+            torch_xla.device()
+        except RuntimeError as error:
+            raise UserError(f"torch_xla can't open the TPU: {first_line(error)}; "
+                            "add --device cpu to sample without it") from None
+        return "xla"
+    return wanted or "cpu"
 
 
 def continue_prompt(prompt, decoder, processor, arguments):
@@ -303,7 +319,7 @@ def main():
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
     model, processor = load(arguments.checkpoint)
-    decoder = Decoder(model, arguments.device or default_device())
+    decoder = Decoder(model, open_device(arguments.device))
     tokens, seconds = 0, 0.0
     for prompt in [arguments.prompt] if arguments.prompt is not None else read_prompts():
         started = time.perf_counter()

@@ -33,11 +33,13 @@ from torch.func import functional_call
 import data
 import nanoxla.config
 from model import Llama, ModelConfig, flops_per_token, num_parameters
+from nanoxla import tpu
 from nanoxla.checkpoint import read_state
 from nanoxla.config import BELOW_ONE, POSITIVE, at_least, key, one_of, session_key
 from nanoxla.errors import UserError, run_command
 from nanoxla.flash_attention import check_attention
 from nanoxla.launch import run_on_all_cores
+from nanoxla.lock import check_not_owned
 from nanoxla.log import TrainingLog, due
 from nanoxla.resume import checkpoint_to_resume
 from nanoxla.saver import Saver, restore
@@ -81,8 +83,13 @@ class Config(ModelConfig):
     max_skipped: int = session_key(10, "stop if more than this many updates in a row were "
                                        "skipped as not finite; checked every log_every steps",
                                    at_least(0))
-    resume: str = session_key("auto", "auto: from the newest checkpoint in out_dir, if any | "
-                                      "never: refuse a used out_dir | the path of a checkpoint")
+    resume: str = session_key("auto", "auto: from the newest checkpoint in out_dir, or else in "
+                                      "resume_search, if any | never: start a new run, in an "
+                                      "unused out_dir | the path of a checkpoint or a run")
+    resume_search: str = session_key("/kaggle/input", "directory that resume=auto searches for "
+                                                      "this run if out_dir has no checkpoint")
+    hang_minutes: float = session_key(15.0, "end the run if a core does not come to its next step "
+                                            "for this long; 0: wait forever", at_least(0))
 
     def __post_init__(self):
         super().__post_init__()
@@ -384,6 +391,9 @@ def main():
     config = load_config(sys.argv[1], sys.argv[2:])
     check_environment()
     check_attention(config, xr.device_type())  # device_type() does not open the TPU: workers do
+    if xr.device_type() == "TPU":
+        tpu.check_free(seconds=30)
+    check_not_owned(config.out_dir)
     train_data = data.check_data(config)
     checkpoint = checkpoint_to_resume(config, train_data.fingerprint())
 
@@ -395,7 +405,7 @@ def main():
     if xr.device_type() == "CPU":
         use_huge_pages()
     deadline = session_start + 3600 * (config.max_hours or math.inf)
-    run_on_all_cores(xmp.spawn, worker, config, checkpoint, deadline)
+    run_on_all_cores(xmp.spawn, worker, (config, checkpoint, deadline), config.hang_minutes)
 
 
 if __name__ == "__main__":

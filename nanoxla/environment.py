@@ -1,27 +1,114 @@
-"""Environment variables that break torch_xla, silently change what it computes, or make it
-faster."""
+"""Environment variables that break torch_xla, change what it computes, or slow it down.
+
+A command that a notebook starts inherits whatever earlier cells, the image and other people's
+recipes have set.
+"""
+import mmap
 import os
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 from nanoxla.errors import UserError
 
+REMOVED = (
+    # torch_xla sets these for each worker, but keeps a value that is there already. Then all
+    # workers get the same one: all open chip 0, or wait for each other at the wrong address.
+    "TPU_PROCESS_ADDRESSES", "TPU_PROCESS_PORT", "CLOUD_TPU_TASK_ID", "TPU_VISIBLE_CHIPS",
+    "TPU_VISIBLE_DEVICES", "TPU_PROCESS_BOUNDS", "TPU_CHIPS_PER_PROCESS_BOUNDS",
+    "PJRT_LOCAL_PROCESS_RANK", "PJRT_LOCAL_PROCESS_COUNT",
+    # Every worker would be core 0 of a run of its own.
+    "XLA_USE_SPMD", "XLA_AUTO_SPMD",
+    # Other graphs than the tested ones: a crash, wrong results, twice the memory.
+    "XLA_USE_EAGER_DEBUG_MODE", "XLA_DISABLE_FUNCTIONALIZATION", "XLA_NO_SPECIAL_SCALARS",
+    "XLA_ENABLE_PARAM_ALIASING", "ALLREDUCE_GRADIENTS_BUCKET_SIZE_MB",
+    # A TPU cannot read this cache, only fill the disk with it.
+    "XLA_PERSISTENT_CACHE_PATH",
+    # Attention kernels that JAX cannot lower, or libtpu cannot compile.
+    "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_DISABLE_JIT",
+)
+SLOW = ("PT_XLA_DEBUG", "PT_XLA_DEBUG_LEVEL", "XLA_IR_DEBUG", "XLA_HLO_DEBUG", "XLA_SYNC_WAIT",
+        "XLA_SAVE_TENSORS_FILE", "XLA_EMIT_STEPLOG", "XLA_TPU_MAX_INFLIGHT_COMPUTATIONS")
 
-def mend_environment():
-    """Removes TPU_PROCESS_ADDRESSES and CLOUD_TPU_TASK_ID if the former is "local", as Kaggle's
-    image sets it. With them, the 8 processes of a TPU v5e-8 do not find one another ("Could not
-    find SliceBuilder port")."""
-    if os.environ.get("TPU_PROCESS_ADDRESSES") == "local":
-        for name in ("TPU_PROCESS_ADDRESSES", "CLOUD_TPU_TASK_ID"):
-            os.environ.pop(name, None)
+
+def mend_environment(environment=os.environ):
+    """Removes or replaces variables that would break a run, and prints a note if there were any.
+    Call it before torch_xla is imported: it reads most of them only then."""
+    before = dict(environment)
+    in_metadata = environment.get("TPU_SKIP_MDS_QUERY", "") in ("", "0", "false")
+    if in_metadata or not environment.get("TPU_ACCELERATOR_TYPE"):
+        # torch_xla takes any value for yes, and then needs TPU_ACCELERATOR_TYPE.
+        environment.pop("TPU_SKIP_MDS_QUERY", None)
+    else:
+        # It describes this host by whichever variable of a pair is there, so keep one of them.
+        for kept, removed in (("TPU_WORKER_ID", "CLOUD_TPU_TASK_ID"),
+                              ("TPU_HOST_BOUNDS", "TPU_PROCESS_BOUNDS"),
+                              ("TPU_CHIPS_PER_HOST_BOUNDS", "TPU_CHIPS_PER_PROCESS_BOUNDS")):
+            if removed in environment:
+                environment.setdefault(kept, environment[removed])
+    for name in REMOVED:
+        environment.pop(name, None)
+    if not environment.get("PT_XLA_DEBUG", "0").isdigit():
+        environment.pop("PT_XLA_DEBUG")  # importing torch_xla would fail
+    if not Path(environment.get("TPU_LIBRARY_PATH", "/")).exists():
+        environment.pop("TPU_LIBRARY_PATH")
+    if "LIBTPU_INIT_ARGS" in environment:
+        # `import jax` in a notebook adds this flag as true, and torch_xla's collectives may hang.
+        environment["LIBTPU_INIT_ARGS"] = re.sub(
+            r"(--xla_tpu_use_enhanced_launch_barrier)(=\w+)?", r"\1=false",
+            " ".join(environment["LIBTPU_INIT_ARGS"].split()))
+    changed = sorted(name for name in before if environment.get(name) != before[name])
+    if changed:
+        print(f"note: changed in the environment, or training would fail: {', '.join(changed)}",
+              file=sys.stderr)
 
 
 def check_environment():
-    """Raises UserError if a variable would make torch_xla replace float32 by bfloat16
-    everywhere."""
+    """Raises UserError if a variable would end the run, or silently change what it computes. Prints
+    a note about variables that slow it down."""
+    for problem in problems():
+        raise UserError(problem)
+    if slow := [name for name in SLOW if os.environ.get(name, "0") not in ("", "0")]:
+        print(f"note: {', '.join(slow)} is set, which slows training down", file=sys.stderr)
+
+
+def problems():
+    """A sentence for each variable that would end a run, or silently change what it computes."""
     for name in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16"):
         if os.environ.get(name, "0") not in ("", "0"):
-            raise UserError(
-                f"{name} is set: it silently makes weights, moments and loss bfloat16. Unset it; "
-                "dtype=bfloat16 computes in bfloat16 and keeps those in float32")
+            yield (f"{name} is set: it silently makes weights, moments and loss bfloat16. Unset "
+                   "it; dtype=bfloat16 computes in bfloat16 and keeps those in float32")
+    device = os.environ.get("PJRT_DEVICE")
+    if device not in (None, "TPU", "CPU"):
+        yield f"PJRT_DEVICE is {device!r}; expected TPU or CPU, or unset it"
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") not in ("", "1"):
+        yield ("torchrun or a similar launcher started this command several times; start it once, "
+               "with python: it starts a process for each core itself")
+    for flag in re.findall(r"--(?:xla_tpu|megascale)\w*", os.environ.get("XLA_FLAGS", "")):
+        yield (f"XLA_FLAGS has {flag}, a flag of libtpu, and XLA aborts at flags that it does not "
+               "know. Unset XLA_FLAGS, or move the flag to LIBTPU_INIT_ARGS")
+    if os.environ.get("PJRT_DEVICE") == "TPU":
+        for flag in unknown_libtpu_flags(os.environ.get("LIBTPU_INIT_ARGS", "")):
+            yield (f"LIBTPU_INIT_ARGS has --{flag}, which this libtpu does not know, and it exits "
+                   "at such flags. Remove it: training needs none")
+
+
+def unknown_libtpu_flags(arguments):
+    """The flags in `arguments` whose names are not in libtpu's binary."""
+    names, spec = re.findall(r"--(\w+)", arguments), find_spec("libtpu")
+    if not names or not spec:
+        return []
+    with Path(spec.submodule_search_locations[0], "libtpu.so").open("rb") as file:
+        library = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return [name for name in names if library.find(b"\0" + name.encode() + b"\0") < 0]
+
+
+def use_one_chip():
+    """Makes this process open the first chip of the TPU only. Call it after mend_environment, and
+    before torch_xla is imported."""
+    os.environ |= {"TPU_VISIBLE_CHIPS": "0", "TPU_PROCESS_BOUNDS": "1,1,1",
+                   "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1"}
 
 
 def use_huge_pages():

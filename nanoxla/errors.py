@@ -16,7 +16,14 @@ def user_message(error):
         return f"error: {error}"
     if isinstance(error, OSError) and error.errno is not None:
         return f"error: {error.filename or 'writing'}: {error.strerror}"
+    if "Mosaic" in str(error):  # of libtpu, with the whole kernel as text after the first line
+        return ("error: libtpu does not compile the attention kernel: "
+                f"{first_line(error)}. Use --attention=math")
     return None
+
+
+def first_line(error):
+    return str(error).strip().partition("\n")[0][:300]
 
 
 def run_command(main):

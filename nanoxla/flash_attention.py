@@ -39,10 +39,10 @@ Shapes:  B batch   T time   D width   K width of a head   L = 128 lanes
 """
 import functools
 import math
-from importlib.util import find_spec
 
 import torch
 
+from nanoxla import versions
 from nanoxla.errors import UserError
 
 LANES = 128
@@ -69,9 +69,13 @@ def check_attention(config, device_type):
             f"attention = 'flash' needs dim = {config.dim} and context = {config.context} to be "
             f"multiples of {LANES}, context to be at most {MAX_CONTEXT}, and dim / n_heads = "
             f"{config.dim // config.n_heads} to divide {LANES}; use --attention=math")
-    if not find_spec("jax"):
-        raise UserError("attention = 'flash' needs jax: pip install "
-                        "\"torch_xla[tpu,pallas]==2.9.0\", or use --attention=math")
+    found = versions.installed()
+    tried = sorted({(each["jax"], each["libtpu"]) for each in versions.TRIED.values()})
+    if (found["jax"], found["libtpu"]) not in tried:
+        pairs = ", ".join(f"jax {jax} with libtpu {libtpu}" for jax, libtpu in tried)
+        raise UserError(f"attention = 'flash' was tried with {pairs}; here are jax {found['jax']} "
+                        f"and libtpu {found['libtpu']}. Use --attention=math, or: "
+                        f"{versions.install_line(found)}")
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""Start the worker on every core, pass on a request to stop, and end all cores when one fails.
+"""Start the worker on every core, pass on a request to stop, and end all cores when one fails or
+hangs.
 
     python train.py            the main process must not open the TPU, or the workers could not
       | main thread            receives signals, and watches the workers
@@ -11,7 +12,9 @@
 Messages are passed as files in a temporary directory:
 
     DIR/stop                 main process to workers: the user asked to stop
-    DIR/running/PID.CORE     worker to main process: I am running; removed at the end
+    DIR/started/PID          worker to main process: my core of the TPU is open
+    DIR/running/PID.CORE     worker to main process: I am running; removed at the end. Its time of
+                             modification is the worker's last sign of life
     DIR/failed/CODE          worker to main process: I failed; exit with CODE
 
 A Ctrl-C (SIGINT) or SIGTERM:
@@ -34,10 +37,19 @@ A core that fails, by an exception or by a kill:
  3. The main thread sees that a process is gone that has not returned, and kills all workers.
  4. The main process exits with CODE: 2 for a user's mistake or a failure of the operating system,
     1 for a bug or a killed worker.
+
+A core that hangs, because its chip or another core does not answer:
+ 1. It gives no sign of life: it does not begin, or does not come to its next step.
+ 2. After hang_minutes the main thread prints which core that is and what to do, and kills all
+    workers. The exit code is 1.
+On a pod slice every host watches its own cores. When a host fails, the cores of the others wait for
+it in an all-reduce, and so their hosts end after hang_minutes too.
 """
 import contextlib
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -47,20 +59,24 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from nanoxla.errors import user_message
+from nanoxla.errors import UserError, first_line, user_message
 from nanoxla.processes import exit_with_parent, signals_blocked
 
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
+BUSY_TRIES, BUSY_PAUSE = 4, 10  # how often to try to open the TPU, and seconds in between
 
 
-def run_on_all_cores(spawn, worker, *arguments):
+def run_on_all_cores(spawn, worker, arguments, hang_minutes):
     """Calls worker(*arguments, stop_requested) on every core, and waits until all have returned.
 
-    spawn is xmp.spawn. stop_requested() is true in every worker after a SIGINT or SIGTERM. Exits
-    the process if a worker failed, or at a SIGINT that follows a first SIGINT or SIGTERM."""
+    spawn is xmp.spawn. stop_requested() is true in every worker after a SIGINT or SIGTERM; a call
+    is also a sign of life. Exits the process if a worker failed, if a core gave no sign of life for
+    hang_minutes (0: never), or at a SIGINT that follows a first SIGINT or SIGTERM."""
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(1) as thread:
         received, workers = [], set()
-        Path(directory, "running").mkdir()
+        for name in ("started", "running"):
+            Path(directory, name).mkdir()
+        watchdog = Watchdog(Path(directory), 60 * hang_minutes or math.inf)
 
         def request_stop(number, _):
             if number == signal.SIGINT and received:
@@ -75,16 +91,23 @@ def run_on_all_cores(spawn, worker, *arguments):
         for number in STOP_SIGNALS:
             signal.signal(number, request_stop)
         with signals_blocked(*STOP_SIGNALS):  # for the new thread, and so for the workers it starts
-            spawned = thread.submit(spawn, supervised, (worker, arguments, directory))
+            spawned = thread.submit(spawn_patiently, spawn, (worker, arguments, directory))
         while wait([spawned], timeout=0.1).not_done:
             if received:
                 with contextlib.suppress(OSError):  # the disk is full: try again in the next round
                     Path(directory, "stop").touch()
-            workers.update(multiprocessing.active_children())
+            alive = multiprocessing.active_children()
+            workers.update(alive)
             # The process pool in xmp.spawn watches the workers that existed when it last woke up.
             # It misses the end of one that started after that, so look here.
             if any(process.exitcode for process in workers) or any_lost(directory):
                 kill(workers)
+            if hanging := watchdog.look(alive):
+                kill(workers)
+                with contextlib.suppress(OSError):
+                    print(f"error: {hanging}", file=sys.stderr, flush=True)
+                shutil.rmtree(directory, ignore_errors=True)
+                os._exit(1)  # an ordinary exit would wait for xmp.spawn
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # nothing is left to stop
         try:
@@ -92,6 +115,60 @@ def run_on_all_cores(spawn, worker, *arguments):
         except BrokenProcessPool:
             codes = [int(path.name) for path in Path(directory).glob("failed/*")]
             sys.exit(codes[0] if codes else "a worker was killed, perhaps for lack of memory")
+        except RuntimeError as error:
+            raise UserError(f"torch_xla can't open the TPU: {first_line(error)}. tools/doctor.py "
+                            "looks for the reason") from None
+
+
+def spawn_patiently(spawn, arguments):
+    """spawn(supervised, arguments). Tries again for a while if a chip is busy: after a
+    kill -9 it takes some seconds until it is free."""
+    for _ in range(BUSY_TRIES - 1):
+        try:
+            return spawn(supervised, arguments)
+        except RuntimeError as error:  # of torch_xla: `supervised` raises nothing
+            if "busy" not in str(error).lower() or isinstance(error, BrokenProcessPool):
+                raise
+            print(f"the TPU is busy ({first_line(error)}); trying again in {BUSY_PAUSE} s",
+                  file=sys.stderr, flush=True)
+            time.sleep(BUSY_PAUSE)
+    return spawn(supervised, arguments)
+
+
+class Watchdog:
+    """Notices a core that gives no sign of life."""
+
+    def __init__(self, directory, limit):
+        """directory: of the messages. limit: seconds."""
+        self.directory, self.limit = directory, limit
+        self.looked = time.monotonic()
+        self.awake = 0.0  # seconds, without times in which this process was suspended as well
+        self.last_signs = {}  # {what was seen: self.awake when it was first seen}
+
+    def look(self, workers):
+        """What is wrong, in words, or None. workers: the living worker processes."""
+        now = time.monotonic()
+        self.looked, self.awake = now, self.awake + min(now - self.looked, 1.0)
+        started = {path.name for path in (self.directory / "started").iterdir()}
+        signs = {process.pid: "" for process in workers if str(process.pid) not in started}
+        for path in (self.directory / "running").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it has just returned
+                signs[path.name] = path.stat().st_mtime_ns
+        self.last_signs = {sign: self.last_signs.get(sign, self.awake) for sign in signs.items()}
+        if not self.last_signs:
+            return None
+        (silent, _), since = min(self.last_signs.items(), key=lambda item: item[1])
+        if self.awake - since < self.limit:
+            return None
+        minutes = f"{self.limit / 60:.3g} minutes"
+        if isinstance(silent, int):
+            return (f"process {silent} has been waiting for its core of the TPU for {minutes}. "
+                    "Another process may hold the TPU, or a chip has failed: run "
+                    "tools/doctor.py, and restart the machine if it finds nothing")
+        return (f"core {silent.split('.')[1]} has not come to its next step for {minutes}. A chip, "
+                "another core or another host does not answer. Run the same command again: it "
+                "continues from the newest checkpoint. If compiling, evaluating or saving takes "
+                "that long, raise hang_minutes")
 
 
 def any_lost(directory):
@@ -113,9 +190,15 @@ def supervised(index, worker, arguments, directory):
     command from the name of the file in failed/."""
     exit_with_parent()
     running = Path(directory, "running", f"{os.getpid()}.{index}")
+    stop = Path(directory, "stop")
+
+    def stop_requested():
+        os.utime(running)
+        return stop.exists()
     try:
         running.touch()
-        worker(*arguments, Path(directory, "stop").exists)
+        Path(directory, "started", str(os.getpid())).touch()
+        worker(*arguments, stop_requested)
         running.unlink()
     except BaseException as error:
         message = user_message(error)

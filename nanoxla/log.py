@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from nanoxla.errors import UserError
 from nanoxla.files import write_file
+from nanoxla.lock import own
 
 
 def due(step, every, config):
@@ -107,6 +108,7 @@ class TrainingLog:
         self.path = Path(config.out_dir, "metrics.jsonl")
         self.rows = bytearray(Path(checkpoint, "metrics.jsonl").read_bytes() if checkpoint else b"")
         if self.is_writer:
+            self.lock = own(config.out_dir)
             self.write_all()
         self.bar = tqdm(total=config.max_steps, initial=first_step, unit="step", leave=False,
                         dynamic_ncols=True, disable=not (self.is_writer and sys.stderr.isatty()))
@@ -215,6 +217,7 @@ class TrainingLog:
         if not self.is_writer:
             return
         self.write_all()
+        self.lock.close()
         if self.diverged:
             raise UserError(self.diverged)
         if step < self.config.max_steps:

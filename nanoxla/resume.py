@@ -5,7 +5,7 @@ import itertools
 import sys
 from pathlib import Path
 
-from nanoxla.checkpoint import find_checkpoint, list_checkpoints, read_state, verify
+from nanoxla.checkpoint import COMPLETE, find_checkpoint, list_checkpoints, read_state, verify
 from nanoxla.errors import UserError
 from nanoxla.files import sha256
 from nanoxla.shards import tokenizer_path
@@ -14,34 +14,55 @@ from nanoxla.shards import tokenizer_path
 def checkpoint_to_resume(config, data_sha256):
     """The checkpoint that a run with this config and training data continues from; None for a new
     run. Raises UserError if the checkpoint there belongs to another run."""
+    own = list_checkpoints(config.out_dir)
     if config.resume == "never":
         if Path(config.out_dir).exists() and any(Path(config.out_dir).iterdir()):
             raise UserError(f"out_dir {config.out_dir} is not empty and resume=never; "
                             "choose another out_dir")
         return None
-    damaged = {}
-    if config.resume == "auto":
-        checkpoint, damaged = newest_undamaged(config.out_dir)
-        if checkpoint is None:
-            return None
-    else:
+    if config.resume != "auto":
         checkpoint = find_checkpoint(config.resume)
         verify(checkpoint)
-        own = list_checkpoints(config.out_dir)[-1:]
-        if own and not own[0].samefile(checkpoint):
+        if own and not own[-1].samefile(checkpoint):
             raise UserError(
                 f"out_dir {config.out_dir} has checkpoints of its own, the newest of them "
-                f"{own[0].name}; resume=auto continues from that one. To continue from "
+                f"{own[-1].name}; resume=auto continues from that one. To continue from "
                 f"{checkpoint}, choose another out_dir")
+        check_same_run(config, data_sha256, checkpoint)
+        return checkpoint
+    if not own:
+        return newest_elsewhere(config, data_sha256)
+    checkpoint, damaged = newest_undamaged(config.out_dir)
     check_same_run(config, data_sha256, checkpoint)
     for newer, reason in damaged.items():
         set_aside(newer, reason)
     return checkpoint
 
 
+def newest_elsewhere(config, data_sha256):
+    """The newest undamaged checkpoint of this run under config.resume_search, or None. That is
+    where a new Kaggle session finds the output of an earlier one. Nothing there is changed. Raises
+    UserError if there are checkpoints, but none from which this run can continue."""
+    found = [path.parent for path in sorted(Path(config.resume_search).rglob("state.json"))
+             if COMPLETE.fullmatch(path.parent.name)
+             and path.parent.name != "step_00000000"]  # imported by convert_to_hf.py: no run yet
+    reasons = []
+    for checkpoint in sorted(found, key=lambda path: path.name, reverse=True):
+        try:
+            verify(checkpoint)
+            check_same_run(config, data_sha256, checkpoint)
+            return checkpoint
+        except UserError as error:
+            reasons.append(str(error))
+    if reasons:
+        raise UserError(f"no checkpoint in {config.resume_search} fits this run. The newest: "
+                        f"{reasons[0]}. To start a new run, add --resume=never")
+    return None
+
+
 def newest_undamaged(out_dir):
-    """The newest checkpoint of the run in out_dir that passes verify (None if there is none at
-    all), and {newer checkpoint: its damage}. Raises UserError if all of them are damaged."""
+    """The newest checkpoint of the run in out_dir that passes verify, and {newer checkpoint: its
+    damage}. Raises UserError if all of them are damaged."""
     damaged = {}
     for checkpoint in reversed(list_checkpoints(out_dir)):
         try:
@@ -49,18 +70,19 @@ def newest_undamaged(out_dir):
             return checkpoint, damaged
         except UserError as error:
             damaged[checkpoint] = error
-    if damaged:
-        raise UserError(f"every checkpoint in {out_dir} is damaged: "
-                        f"{'; '.join(map(str, damaged.values()))}. Nothing was changed; "
-                        "to start from the beginning, move them away")
-    return None, {}
+    raise UserError(f"every checkpoint in {out_dir} is damaged: "
+                    f"{'; '.join(map(str, damaged.values()))}. Nothing was changed; "
+                    "to start from the beginning, move them away")
 
 
 def set_aside(checkpoint, reason):
     """Renames a damaged checkpoint, so that it is no longer found. Nothing is deleted."""
     names = (f"{checkpoint.name}.set_aside{i or ''}" for i in itertools.count())
     aside = next(path for path in map(checkpoint.with_name, names) if not path.exists())
-    checkpoint.rename(aside)
+    try:
+        checkpoint.rename(aside)
+    except FileNotFoundError:  # another host of a pod slice has just done it
+        return
     print(f"warning: {reason}; renamed to {aside.name}, continuing from the previous one",
           file=sys.stderr)
 

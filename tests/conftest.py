@@ -109,7 +109,7 @@ def train_here(*arguments):
     two imports of torch_xla, which is most of the time of a tiny run."""
     import train
 
-    def call(spawn, worker, *arguments):
+    def call(spawn, worker, arguments, hang_minutes):
         worker(*arguments, lambda: False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])

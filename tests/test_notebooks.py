@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT, TINY, run, write_tiny
+from conftest import ROOT, TINY, train_here, write_tiny
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from packaging.specifiers import SpecifierSet
@@ -299,12 +299,10 @@ def files(directory):
 
 @pytest.fixture(scope="module")
 def expected(stand_in, tmp_path_factory):
-    """The out_dir of the same run without an interruption, started by hand."""
+    """The out_dir of the same run without an interruption."""
     out_dir, shards = tmp_path_factory.mktemp("expected"), stand_in / "me/shards"
-    code, _, err = run("train.py", stand_in / "tiny.py", f"--out_dir={out_dir}",
-                       f"--data_dir={shards}", f"--tokenizer={shards}/tokenizer.model",
-                       *SESSION.split())
-    assert code == 0, err
+    train_here(stand_in / "tiny.py", f"--out_dir={out_dir}", f"--data_dir={shards}",
+               f"--tokenizer={shards}/tokenizer.model", *SESSION.split())
     return out_dir
 
 

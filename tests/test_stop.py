@@ -121,13 +121,13 @@ def test_max_hours_leaves_time_to_save(tiny, tmp_path):
 
 
 WORKERS = """
-import ctypes, multiprocessing, os, signal, sys, time
+import ctypes, glob, multiprocessing, os, signal, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 sys.path.insert(0, sys.argv[2])
 from nanoxla.errors import run_command
-from nanoxla.launch import run_on_all_cores
+from nanoxla import launch
 
 def worker(index, mode, stop_requested):
     os.write(1, b"here\\n")  # in one piece: print might mix the lines of two workers
@@ -139,11 +139,20 @@ def worker(index, mode, stop_requested):
         raise RuntimeError("the first failure")
     if index == 1 and "is killed" in mode:
         os.kill(os.getpid(), signal.SIGKILL)
+    if index == 1 and "hangs" in mode:
+        time.sleep(100)
     while not stop_requested():  # as in an all-reduce that never ends
         time.sleep(0.01)
     os.write(1, b"asked to stop\\n")
 
 def start_one(supervised, work, arguments, directory, index):
+    if index == 2 and "never opens" in arguments[0]:
+        time.sleep(100)
+    if "busy" in arguments[0]:
+        tries = len(glob.glob(__file__ + ".try*"))
+        open(f"{__file__}.try{time.time()}", "x").close()
+        if "always" in arguments[0] or tries < 3:
+            raise RuntimeError("TPU initialization failed: Device or resource busy\\ntrace")
     supervised(index, partial(worker, index), arguments, directory)
 
 def spawn(supervised, arguments):
@@ -159,7 +168,9 @@ def seen_for_a_second():
 if __name__ == "__main__":
     if "unseen" in sys.argv[1]:
         multiprocessing.active_children = seen_for_a_second
-    run_command(lambda: run_on_all_cores(spawn, worker, sys.argv[1]))
+    launch.BUSY_PAUSE = 0.1
+    hang_minutes = 2 / 60 if "hang" in sys.argv[1] else 15
+    run_command(lambda: launch.run_on_all_cores(spawn, worker, sys.argv[1:2], hang_minutes))
 """
 
 
@@ -211,6 +222,54 @@ def test_a_failing_core_ends_all_even_if_its_message_cannot_be_printed(workers):
 def test_a_core_that_holds_the_gil_is_ended_too(workers):
     process, started = workers("raises beside one that holds the GIL"), time.monotonic()
     assert ended(process)[0] == 1 and time.monotonic() - started < 8
+
+
+@pytest.mark.parametrize("mode, message", [
+    ("hangs", r"error: core 1 has not come to its next step for 0.0333 minutes\. A chip, "),
+    ("never opens, hangs", r"error: process \d+ has been waiting for its core of the TPU for ")])
+def test_a_core_that_hangs_is_reported_and_ends_all(workers, mode, message):
+    process, started = workers(mode, at_once=True), time.monotonic()
+    code, _, err = ended(process)
+    assert code == 1 and re.match(message, err) and len(err.splitlines()) == 1, err
+    assert time.monotonic() - started < 20
+    wait_until_gone(process)
+
+
+def wait_until_gone(process):
+    """Fails unless nothing of the process group of a started process is left."""
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+def test_a_run_suspended_for_longer_than_hang_minutes_goes_on(workers):
+    """As by Ctrl-Z. The suspended time of the main process does not count."""
+    process = workers("no hang")
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(4)
+    os.killpg(process.pid, signal.SIGCONT)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGTERM)
+    code, _, err = ended(process)
+    assert code == 0, err
+
+
+def test_a_busy_tpu_is_tried_again(workers):
+    """The chips of a process that was killed are busy for a while."""
+    process = workers("busy", at_once=True)
+    for _ in range(3):
+        wait_for_line(process, "here")
+    process.terminate()
+    code, _, err = ended(process)
+    note = "the TPU is busy (TPU initialization failed: Device or resource busy); trying again"
+    assert code == 0 and err.startswith(note) and err.count("trying again") == 1, err
+
+
+def test_a_tpu_that_stays_busy_ends_in_a_sentence(workers):
+    code, _, err = ended(workers("always busy", at_once=True))
+    assert code == 2 and err.count("trying again") == 3 and "Traceback" not in err, err
+    assert "error: torch_xla can't open the TPU: TPU initialization failed: Device or" in err
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
