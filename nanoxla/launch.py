@@ -116,8 +116,8 @@ def run_on_all_cores(spawn, worker, arguments, hang_minutes):
             codes = [int(path.name) for path in Path(directory).glob("failed/*")]
             sys.exit(codes[0] if codes else "a worker was killed, perhaps for lack of memory")
         except RuntimeError as error:
-            raise UserError(f"torch_xla can't open the TPU: {first_line(error)}. tools/doctor.py "
-                            "looks for the reason") from None
+            raise UserError(f"torch_xla can't open the TPU: {first_line(error)}. Another process "
+                            "may hold it, or a chip has failed: restart the machine") from None
 
 
 def spawn_patiently(spawn, arguments):
@@ -163,8 +163,8 @@ class Watchdog:
         minutes = f"{self.limit / 60:.3g} minutes"
         if isinstance(silent, int):
             return (f"process {silent} has been waiting for its core of the TPU for {minutes}. "
-                    "Another process may hold the TPU, or a chip has failed: run "
-                    "tools/doctor.py, and restart the machine if it finds nothing")
+                    "Another process or another host may hold the TPU, or a chip has failed: "
+                    "end the process, or restart the machine")
         return (f"core {silent.split('.')[1]} has not come to its next step for {minutes}. A chip, "
                 "another core or another host does not answer. Run the same command again: it "
                 "continues from the newest checkpoint. If compiling, evaluating or saving takes "

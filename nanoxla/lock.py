@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanoxla.errors import UserError
 
-PATIENCE = 10  # seconds: after a kill -9 of the main process, a worker may still be ending
+PATIENCE = 5  # seconds: after a kill -9 of the main process, a worker may still be ending
 
 
 def own(out_dir):

@@ -153,3 +153,38 @@ def test_a_damaged_checkpoint_is_not_sampled_from(uninterrupted, tmp_path):
     flip(tmp_path / "damaged/model.safetensors")
     with pytest.raises(UserError, match="model.safetensors is damaged"):
         checkpoint.load(tmp_path / "damaged")
+
+
+# --- the next session of a notebook -------------------------------------------------------------
+
+
+@pytest.fixture
+def kaggle_input(cut_short, tmp_path):
+    """A read-only directory that holds the output of an earlier session, as /kaggle/input does."""
+    directory = tmp_path / "input"
+    shutil.copytree(cut_short, directory / "notebooks/me/nanoxla/out/run")
+    for path in [*directory.rglob("*"), directory]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    yield directory
+    for path in [directory, *directory.rglob("*")]:
+        path.chmod(0o755)
+
+
+def test_auto_continues_from_the_output_of_an_earlier_session(
+        tiny, uninterrupted, kaggle_input, tmp_path):
+    before = {path: path.stat() for path in kaggle_input.rglob("*")}
+    train_here(tiny, f"--out_dir={tmp_path / 'new'}", f"--resume_search={kaggle_input}",
+               *AS_UNINTERRUPTED)
+    assert outcome(tmp_path / "new") == outcome(uninterrupted)
+    assert [path.name for path in list_checkpoints(tmp_path / "new")] == ["step_00000012"]
+    after = {path: path.stat() for path in kaggle_input.rglob("*")}
+    assert before.keys() == after.keys()
+    assert all(before[path].st_mtime_ns == after[path].st_mtime_ns for path in before)
+
+
+def test_auto_starts_no_new_run_beside_checkpoints_that_do_not_fit(
+        tiny, kaggle_input, tmp_path, train_fails):
+    search = f"--out_dir={tmp_path / 'new'}", f"--resume_search={kaggle_input}"
+    message = train_fails(tiny, *search, "--learning_rate=1")
+    assert "no checkpoint in" in message and "learning_rate was 0.01, is 1.0" in message
+    assert message.strip().endswith("To start a new run, add --resume=never")

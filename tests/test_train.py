@@ -398,22 +398,3 @@ def test_the_real_command_explains_a_mistake(tiny, tmp_path, env, arguments, mes
     code, _, err = run("train.py", tiny, f"--out_dir={tmp_path}", *arguments, env=env)
     assert code == 2 and err.startswith("error: ") and message in err and "Traceback" not in err
     assert not (tmp_path / "checkpoints").exists()
-
-
-def test_kaggles_environment_is_mended_before_torch_xla_is_imported():
-    names = "('TPU_PROCESS_ADDRESSES', 'CLOUD_TPU_TASK_ID')"
-    script = f"""
-import builtins, os, nanoxla.environment
-original = builtins.__import__
-def traced_import(name, *args, **kwargs):
-    if name == "torch_xla":
-        print([name in os.environ for name in {names}])
-        raise SystemExit
-    return original(name, *args, **kwargs)
-builtins.__import__ = traced_import
-import train
-"""
-    for addresses, kept in (("local", "[False, False]"), ("10.0.0.1:8476", "[True, True]")):
-        env = {"TPU_PROCESS_ADDRESSES": addresses, "CLOUD_TPU_TASK_ID": "0"}
-        _, out, err = run("-c", script, env=env)
-        assert out.strip() == kept, err
