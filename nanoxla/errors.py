@@ -23,6 +23,7 @@ def user_message(error):
 
 
 def first_line(error):
+    """The first line of an exception's message. Compilers add hundreds of others."""
     return str(error).strip().partition("\n")[0][:300]
 
 

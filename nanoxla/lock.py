@@ -21,7 +21,7 @@ def own(out_dir):
     path = Path(out_dir, "lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")
-    wait_until(lambda: locked(file), out_dir)
+    wait_until(lambda: try_lock(file), out_dir)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, started "
                f"{time.strftime('%Y-%m-%d %H:%M:%S')}")
@@ -48,12 +48,12 @@ def holder(out_dir):
     """The process that owns out_dir, in words, or None."""
     try:
         with Path(out_dir, "lock").open("r+") as file:
-            return None if locked(file) else file.read()
+            return None if try_lock(file) else file.read()
     except OSError:  # there is no such file, or it may not be written
         return None
 
 
-def locked(file):
+def try_lock(file):
     """Locks an open file, if no other process has locked it. Returns whether it did, or whether the
     disk knows no locks, after a warning."""
     try:

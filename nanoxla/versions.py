@@ -1,8 +1,8 @@
-"""The versions of torch, torch_xla, jax and libtpu that this code has been tried with."""
+"""The versions of torch, torch_xla, jax and libtpu that the attention kernel was compiled with."""
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-# `make test-images` tries each of them: training on a CPU, and compiling for a TPU.
+# With the jax and libtpu of each, the attention kernel was lowered and compiled for a TPU v5e.
 TRIED = {
     "the image of Kaggle": {"python": "3.12", "torch": "2.8.0", "torch_xla": "2.8.0",
                             "jax": "0.7.2", "libtpu": "0.0.17"},
@@ -36,7 +36,7 @@ def install_line(found):
     """The pip command that brings jax and libtpu, beside the installed torch_xla, to versions that
     have been tried. With a torch_xla that has not been tried, it installs that too."""
     usable = [versions for versions in TRIED.values()
-              if versions["torch_xla"] == found["torch_xla"]] or [*TRIED.values()][2:]
+              if versions["torch_xla"] == found["torch_xla"]] or [TRIED["our default"]]
     best = max(usable, key=lambda versions: versions["python"] == found["python"])
     packages = [f"jax=={best['jax']}", f"jaxlib=={best['jax']}", f"libtpu=={best['libtpu']}"]
     if best["torch_xla"] != found["torch_xla"]:

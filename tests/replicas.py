@@ -9,8 +9,8 @@ it, and adds the barriers that threads need. At the end each replica prints the 
 weights.
 
 The environment variable BREAK breaks something that a test has to notice:
-    BREAK=clip   clips each core's own gradient before the all-reduce, instead of the average after
-    it BREAK=nan    makes the loss of one replica nan in step 5
+    BREAK=clip   clips each core's own gradient before the all-reduce, not the average after it
+    BREAK=nan    makes the loss of one replica nan in step 5
 """
 import hashlib
 import math
@@ -59,8 +59,7 @@ def sync():
     - All replicas must run the same executable, since its identity is part of the all-reduce's
       rendezvous. So replica 0 compiles, and the others find the executable in the cache.
     - All replicas must have submitted before any of them waits. Resetting the all-reduce token
-    waits,
-      and holds the GIL while it does."""
+      waits, and holds the GIL while it does."""
     rank = xr.global_ordinal()
     BARRIER.wait()
     if rank == 0:
