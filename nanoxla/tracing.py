@@ -15,7 +15,12 @@ def trace_once(function, depends_on):
     is frozen at the first call. depends_on: all such values. Traces are cached by the function's
     name, so a hash of depends_on is added to the name."""
     def pure(*tensors):
-        return function(*tensors)
+        # backward() in this thread. By default autograd does it in a thread of its own, which may
+        # hold on to gradients for a moment after it has handed them over, and on a busy machine
+        # until the next torch_xla.sync(). The sync would then compute these as well, from the
+        # inputs of the trace, which have no data: a segmentation fault.
+        with torch.autograd.set_multithreading_enabled(False):
+            return function(*tensors)
 
     pure.__name__ = f"{function.__name__}_{zlib.crc32(repr(depends_on).encode())}"
     return assume_pure_torch(pure, use_cache=True)
