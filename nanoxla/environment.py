@@ -35,12 +35,13 @@ SLOW = ("PT_XLA_DEBUG", "PT_XLA_DEBUG_LEVEL", "XLA_IR_DEBUG", "XLA_HLO_DEBUG", "
 def mend_environment(environment=os.environ):
     """Removes or replaces variables that would break a run, and prints a note if there were any.
     Call it before torch_xla is imported: it reads most of them only then."""
-    before = dict(environment)
     in_metadata = environment.get("TPU_SKIP_MDS_QUERY", "") in ("", "0", "false")
     if in_metadata or not environment.get("TPU_ACCELERATOR_TYPE"):
-        # torch_xla takes any value for yes, and then needs TPU_ACCELERATOR_TYPE.
+        # torch_xla takes any value for yes, and then needs TPU_ACCELERATOR_TYPE. No note: `import
+        # jax` sets it on every machine without a TPU.
         environment.pop("TPU_SKIP_MDS_QUERY", None)
-    else:
+    before = dict(environment)
+    if "TPU_SKIP_MDS_QUERY" in environment:
         # It describes this host by whichever variable of a pair is there, so keep one of them.
         for kept, removed in (("TPU_WORKER_ID", "CLOUD_TPU_TASK_ID"),
                               ("TPU_HOST_BOUNDS", "TPU_PROCESS_BOUNDS"),

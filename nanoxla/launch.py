@@ -106,8 +106,10 @@ def run_on_all_cores(spawn, worker, arguments, hang_minutes):
                 kill(workers)
                 with contextlib.suppress(OSError):
                     print(f"error: {hanging}", file=sys.stderr, flush=True)
-                shutil.rmtree(directory, ignore_errors=True)
-                os._exit(1)  # an ordinary exit would wait for xmp.spawn
+                if wait([spawned], timeout=10).not_done:  # not even a kill ends a worker
+                    shutil.rmtree(directory, ignore_errors=True)
+                    os._exit(1)
+                sys.exit(1)
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # nothing is left to stop
         try:
