@@ -59,6 +59,7 @@ def mend_environment(environment=os.environ):
         environment["LIBTPU_INIT_ARGS"] = re.sub(
             r"(--xla_tpu_use_enhanced_launch_barrier)(=\w+)?", r"\1=false",
             " ".join(environment["LIBTPU_INIT_ARGS"].split()))
+    before.pop("CLOUD_TPU_TASK_ID", None)  # no note: a libtpu in the parent process sets it
     changed = sorted(name for name in before if environment.get(name) != before[name])
     if changed:
         print(f"note: changed in the environment, or training would fail: {', '.join(changed)}",

@@ -73,7 +73,7 @@ def run_on_all_cores(spawn, worker, arguments, hang_minutes):
     is also a sign of life. Exits the process if a worker failed, if a core gave no sign of life for
     hang_minutes (0: never), or at a SIGINT that follows a first SIGINT or SIGTERM."""
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(1) as thread:
-        received, workers = [], set()
+        received, workers, killed_by = [], set(), None
         for name in ("started", "running"):
             Path(directory, name).mkdir()
         watchdog = Watchdog(Path(directory), 60 * hang_minutes or math.inf)
@@ -100,7 +100,9 @@ def run_on_all_cores(spawn, worker, arguments, hang_minutes):
             workers.update(alive)
             # The process pool in xmp.spawn watches the workers that existed when it last woke up.
             # It misses the end of one that started after that, so look here.
-            if any(process.exitcode for process in workers) or any_lost(directory):
+            ended = [process.exitcode for process in workers if process.exitcode]
+            if ended or any_lost(directory):
+                killed_by = killed_by or next((-code for code in ended if code < 0), None)
                 kill(workers)
             if hanging := watchdog.look(alive):
                 kill(workers)
@@ -116,7 +118,7 @@ def run_on_all_cores(spawn, worker, arguments, hang_minutes):
             spawned.result()
         except BrokenProcessPool:
             codes = [int(path.name) for path in Path(directory).glob("failed/*")]
-            sys.exit(codes[0] if codes else "a worker was killed, perhaps for lack of memory")
+            sys.exit(codes[0] if codes else lost_worker(killed_by))
         except RuntimeError as error:
             raise UserError(f"torch_xla can't open the TPU: {first_line(error)}. Another process "
                             "may hold it, or a chip has failed: restart the machine") from None
@@ -168,9 +170,9 @@ class Watchdog:
                     "Another process or another host may hold the TPU, or a chip has failed: "
                     "end the process, or restart the machine")
         return (f"core {silent.split('.')[1]} has not come to its next step for {minutes}. A chip, "
-                "another core or another host does not answer. Run the same command again: it "
-                "continues from the newest checkpoint. If compiling, evaluating or saving takes "
-                "that long, raise hang_minutes")
+                "another core or another host does not answer. Run the same command again: "
+                "training continues from the newest checkpoint. If compiling, evaluating or "
+                "saving takes that long, raise hang_minutes")
 
 
 def any_lost(directory):
@@ -179,6 +181,14 @@ def any_lost(directory):
     there.)"""
     pids = [path.name.split(".")[0] for path in Path(directory, "running").iterdir()]
     return any(not Path("/proc", pid).exists() for pid in pids)
+
+
+def lost_worker(killed_by):
+    """An error message. killed_by: the number of the signal that ended a worker, or None."""
+    if not killed_by:
+        return "error: a worker ended without a message"
+    advice = ", perhaps for lack of memory" if killed_by == signal.SIGKILL else ""
+    return f"error: a worker was ended by {signal.Signals(killed_by).name}{advice}"
 
 
 def kill(processes):

@@ -43,6 +43,8 @@ def newest_elsewhere(config, data_sha256):
     """The newest undamaged checkpoint of this run under config.resume_search, or None. That is
     where a new Kaggle session finds the output of an earlier one. Nothing there is changed. Raises
     UserError if there are checkpoints, but none from which this run can continue."""
+    if not config.resume_search:
+        return None
     found = [path.parent for path in sorted(Path(config.resume_search).rglob("state.json"))
              if COMPLETE.fullmatch(path.parent.name)
              and path.parent.name != "step_00000000"]  # imported by convert_to_hf.py: no run yet

@@ -34,11 +34,12 @@ def tried_as(found):
 
 def install_line(found):
     """The pip command that brings jax and libtpu, beside the installed torch_xla, to versions that
-    have been tried. With a torch_xla that has not been tried, it installs that too."""
+    have been tried. It also replaces a torch_xla that has not been tried, and a torch that does
+    not belong to the torch_xla."""
     usable = [versions for versions in TRIED.values()
               if versions["torch_xla"] == found["torch_xla"]] or [TRIED["our default"]]
     best = max(usable, key=lambda versions: versions["python"] == found["python"])
     packages = [f"jax=={best['jax']}", f"jaxlib=={best['jax']}", f"libtpu=={best['libtpu']}"]
-    if best["torch_xla"] != found["torch_xla"]:
-        packages += [f"torch=={best['torch']}", f"torch_xla=={best['torch_xla']}"]
+    packages += [f"{name}=={best[name]}" for name in ("torch", "torch_xla")
+                 if best[name] != found[name]]
     return f"pip install {' '.join(packages)}"

@@ -17,7 +17,7 @@ MAY_IMPORT = {  # which scripts a script may import; all of them may import the 
     "convert_to_hf": ["model"]}
 TOP_LEVEL = {"README.md", "LICENSE", "Makefile", "pyproject.toml", ".gitignore", ".ci",
              *(f"{script}.py" for script in SCRIPTS),
-             "assets", "config", "docs", "nanoxla", "tests", "tools"}
+             "assets", "config", "docs", "nanoxla", "notebooks", "tests", "tools"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -65,7 +65,7 @@ def test_readme_lists_every_script_and_module():
     scripts = [f"{script}.py" for script in SCRIPTS]
     package = [f"nanoxla/{path.name}" for path in sorted((ROOT / "nanoxla").glob("*.py"))
                if path.name != "__init__.py"]
-    assert listed == [*scripts, *package, "config/", "tools/", "docs/", "tests/"]
+    assert listed == [*scripts, *package, "config/", "notebooks/", "tools/", "docs/", "tests/"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -104,8 +104,9 @@ def check(words):
         return
     assert (ROOT / script).is_file(), words
     arguments = [word for word in arguments if word not in ("<", "...") and not word.endswith("]")]
-    if script == "train.py" or script in ("tools/compile_for_tpu.py", "tools/host_time.py"):
-        path, *overrides = arguments
+    if script == "train.py" or script in ("tools/compile_for_tpu.py", "tools/host_time.py",
+                                         "tools/doctor.py"):
+        path, *overrides = arguments or ["CONFIG"]  # doctor.py has a default
         overrides = [word for word in overrides if not word.startswith(("--topology", "--json"))]
         train.load_config(ROOT / path.replace("CONFIG", "config/fwedu_124m.py"), overrides)
         return
