@@ -163,7 +163,8 @@ def test_a_worker_that_hangs(tmp_path):
     (tmp_path / "hangs.py").write_text(HANGS.format(root=str(ROOT)))
     code, out, err = run(tmp_path / "hangs.py", timeout=50)
     assert code == 1 and "has been waiting for its core of the TPU for 0.02 minutes" in err
-    assert out.splitlines()[-1].startswith("...   starting 1 worker; if one does not answer for")
+    assert "...   starting 1 worker; if one does not answer for" in out
+    assert "wrong a worker ended; see above." in out
 
 
 # --- the device part, in this process -----------------------------------------------------------
