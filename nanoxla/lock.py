@@ -4,6 +4,7 @@ Core 0, which writes everything, holds a lock on the file out_dir/lock. The oper
 releases the lock when the process ends, even by kill -9, so no lock has to be removed by hand.
 """
 import fcntl
+import multiprocessing
 import os
 import socket
 import sys
@@ -23,7 +24,8 @@ def own(out_dir):
     file = path.open("a+")
     wait_until(lambda: try_lock(file), out_dir)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}, started "
+    main = multiprocessing.parent_process()  # the command that the user started, or None: this one
+    file.write(f"process {main.pid if main else os.getpid()} on {socket.gethostname()}, started "
                f"{time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()
     return file

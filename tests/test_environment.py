@@ -228,7 +228,7 @@ def test_a_second_run_in_the_same_out_dir_is_refused(tiny, tmp_path):
     assert code == 2 and "starting" not in out, err
     owner = (tmp_path / "lock").read_text()
     assert err.startswith(f"error: another run is writing to out_dir {tmp_path}: {owner}. Stop ")
-    assert owner.startswith("process ")
+    assert owner.startswith(f"process {first.pid} on ")
     first.kill()
     second = start(*command)  # needs no help
     wait_for_line(second, "step")
