@@ -39,6 +39,7 @@ from nanoxla.errors import UserError, run_command
 from nanoxla.files import check_unused, write_directory, write_file
 from nanoxla.hf_directory import DTYPES, hf_name, json_bytes
 from nanoxla.hf_tokenizer import tokenizer_files
+from nanoxla.init_from import check_finite
 from nanoxla.model_card import model_card
 from nanoxla.tokenizer import load_tokenizer
 
@@ -81,9 +82,6 @@ def hf_tensors(model, dtype):
     tensors = {}
     for name, p in model.named_parameters():
         tensors[hf_name(name)] = tensor = p.detach().to(DTYPES[dtype])
-        if not p.isfinite().all():
-            raise UserError(f"{name} has values that are not finite: the weights are damaged, "
-                            "or the training has diverged")
         if not tensor.isfinite().all():
             raise UserError(f"{name} has values too large for {dtype}; try another --dtype")
     return tensors
@@ -92,7 +90,9 @@ def hf_tensors(model, dtype):
 def to_hf(source, output, dtype):
     """Writes the checkpoint `source` as the Hugging Face directory `output`."""
     state = checkpoint.verify(source, without=["optimizer.safetensors"])
-    model = load_model(state["config"], checkpoint.load_tensors(source, "model"), source)
+    weights = checkpoint.load_tensors(source, "model")
+    check_finite(source, weights)
+    model = load_model(state["config"], weights, source)
     files, bos, eos = {}, None, None
     if state["tokenizer"]:
         path = source / "tokenizer.model"
@@ -128,7 +128,9 @@ def warn_no_tokenizer(reason):
 def from_hf(source, output):
     """Writes the Hugging Face directory `source` as the run `output`, with a checkpoint of step
     0."""
-    model = load_model(*hf_directory.read(source), source)
+    values, weights = hf_directory.read(source)
+    check_finite(source, weights)
+    model = load_model(values, weights, source)
     path, tokenizer = source / "tokenizer.model", None
     if path.is_file():
         load_tokenizer(path, model.config.vocab_size)  # raises UserError if the two do not fit

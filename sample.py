@@ -24,7 +24,6 @@ import os
 import sys
 import time
 import warnings
-from pathlib import Path
 
 # With this variable set, torch stores the weights in memory pages of 2 MB, which makes sampling 2 %
 # faster. torch reads it while it is imported.
@@ -33,9 +32,10 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch
 
 from model import KVCache, load_model
-from nanoxla import checkpoint, hf_directory, tpu
+from nanoxla import tpu
 from nanoxla.environment import mend_environment, use_one_chip
 from nanoxla.errors import UserError, first_line, run_command
+from nanoxla.init_from import read_weights
 from nanoxla.prompts import read_prompts
 from nanoxla.tokenizer import load_tokenizer
 
@@ -215,19 +215,11 @@ def stream(processor, ids, tokens):
 def load(path):
     """The model, on the CPU, and the tokenizer at `path`: a run (its newest checkpoint), a
     checkpoint or a Hugging Face directory. None means the newest run under out/."""
-    if path is not None and hf_directory.is_hf(path):
-        directory = Path(path)
-        if not (directory / "tokenizer.model").is_file():
-            raise UserError(f"{directory} has no tokenizer.model, the SentencePiece model that "
-                            "encodes the prompt")
-        values, weights = hf_directory.read(directory)
-    else:
-        directory = checkpoint.find_checkpoint(path)
-        if not checkpoint.read_state(directory)["tokenizer"]:
-            raise UserError(f"{directory} has no tokenizer; "
-                            "its run was given none (config key tokenizer)")
-        values, weights = checkpoint.load(directory)
+    directory, values, weights = read_weights(path)
     model = load_model(values, weights, directory)
+    if not (directory / "tokenizer.model").is_file():
+        raise UserError(f"{directory} has no tokenizer.model, the SentencePiece model that encodes "
+                        "the prompt; a run gets it by the config key tokenizer")
     return model, load_tokenizer(directory / "tokenizer.model", model.config.vocab_size)
 
 

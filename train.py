@@ -33,14 +33,15 @@ from torch.func import functional_call
 import data
 import nanoxla.config
 from model import Llama, ModelConfig, flops_per_token, num_parameters
-from nanoxla import tpu
+from nanoxla import shards, tpu
 from nanoxla.checkpoint import read_state
 from nanoxla.config import BELOW_ONE, POSITIVE, at_least, key, one_of, session_key
 from nanoxla.errors import UserError, run_command
 from nanoxla.flash_attention import check_attention
+from nanoxla.init_from import check_init_from, load_initial_weights
 from nanoxla.launch import run_on_all_cores
 from nanoxla.lock import check_not_owned
-from nanoxla.log import TrainingLog, due
+from nanoxla.log import TrainingLog, checkpoint_due, due
 from nanoxla.resume import checkpoint_to_resume
 from nanoxla.saver import Saver, restore
 from nanoxla.tracing import trace_once
@@ -61,8 +62,11 @@ class Config(ModelConfig):
     micro_batch_size: int = session_key(8, "windows per core per forward pass", at_least(1))
     max_steps: int = key(1_000, "optimiser steps of the whole run", at_least(1))
     learning_rate: float = key(6e-4, "peak, reached after warmup_steps", POSITIVE)
-    min_lr: float = key(0.0, "learning rate at the end of the cosine", at_least(0))
+    min_lr: float = key(0.0, "learning rate at the end of the schedule", at_least(0))
+    schedule: str = key("cosine", "after the warm-up: a cosine; or constant, then a linear decay",
+                        one_of("cosine", "wsd"))
     warmup_steps: int = key(100, "steps of linear warm-up", at_least(0))
+    decay_steps: int = key(0, "steps of linear decay at the end; schedule=wsd only", at_least(0))
     weight_decay: float = key(0.1, "AdamW's weight decay; matrices only", at_least(0))
     beta1: float = key(0.9, "AdamW's decay rate of the first moment", BELOW_ONE)
     beta2: float = key(0.95, "AdamW's decay rate of the second moment", BELOW_ONE)
@@ -88,14 +92,25 @@ class Config(ModelConfig):
                                       "unused out_dir | the path of a checkpoint or a run")
     resume_search: str = session_key("/kaggle/input", "directory that resume=auto searches for "
                                                       "this run if out_dir has no checkpoint")
+    init_from: str = key("", "start a new run with the weights of this run, checkpoint or "
+                             "Hugging Face directory")
     hang_minutes: float = session_key(15.0, "end the run if a core does not come to its next step "
                                             "for this long; 0: wait forever", at_least(0))
 
     def __post_init__(self):
         super().__post_init__()
-        if self.warmup_steps > self.max_steps:
+        if self.warmup_steps > self.max_steps - self.decay_steps:
+            less = f" - decay_steps = {self.decay_steps}" if self.decay_steps else ""
             raise ValueError(f"warmup_steps = {self.warmup_steps} is more than "
-                             f"max_steps = {self.max_steps}")
+                             f"max_steps = {self.max_steps}{less}")
+        if self.decay_steps and self.schedule != "wsd":
+            raise ValueError("decay_steps needs schedule=wsd; a cosine decays all the time")
+
+    @property
+    def decay_start(self):
+        """The steps after which a wsd run begins to decay. Up to there its length may change, so a
+        checkpoint of this step is kept. 0: the length may never change."""
+        return self.max_steps - self.decay_steps if self.schedule == "wsd" else 0
 
 
 def load_config(path, overrides=()):
@@ -117,7 +132,11 @@ def learning_rate(step, config):
     # 1) linear warm-up; its last step has the peak
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    # 2) half a cosine, from the peak down to min_lr
+    # 2) wsd (warm-up, stable, decay): the peak, and in the last decay_steps a line to min_lr
+    if config.schedule == "wsd":
+        share = min(1.0, (config.max_steps - step) / max(1, config.decay_steps))
+        return config.min_lr + share * (config.learning_rate - config.min_lr)
+    # 2) or half a cosine, from the peak down to min_lr
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr + cosine * (config.learning_rate - config.min_lr)
@@ -324,9 +343,13 @@ def worker(config, checkpoint, deadline, stop_requested):
     if val_data:
         starts = val_data.fixed_windows(config.eval_batches * config.batch_size)
         val_windows = torch.from_numpy(val_data.read(starts[rank::cores]))
+        bytes_per_token = shards.bytes_per_token(val_data.paths)
 
     # model and optimiser, and the checkpoint that the run continues from
-    model = Llama(config, config.seed).to(device)
+    model = Llama(config, config.seed)
+    if config.init_from and not checkpoint:
+        load_initial_weights(model, config)
+    model.to(device)
     optimizer = AdamW(model.parameters(), config)
     traced = TracedModel(model, config)
     step = first_step = restore(checkpoint, model, optimizer) if checkpoint else 0
@@ -359,10 +382,10 @@ def worker(config, checkpoint, deadline, stop_requested):
 
         # once in a while: the validation loss (all cores take part)
         if val_data and due(step, config.eval_every, config):
-            log.validation(step, evaluate(traced, val_windows))
+            log.validation(step, evaluate(traced, val_windows), bytes_per_token)
 
         # once in a while, and before stopping: a checkpoint (core 0 writes it in the background)
-        if (stopping or due(step, config.checkpoint_every, config)) and not log.diverged:
+        if (stopping or checkpoint_due(step, config)) and not log.diverged:
             saver.save(step, model, optimizer, last=stopping or step == config.max_steps)
         if stopping:
             break
@@ -396,6 +419,8 @@ def main():
     check_not_owned(config.out_dir)
     train_data = data.check_data(config)
     checkpoint = checkpoint_to_resume(config, train_data.fingerprint())
+    if config.init_from and not checkpoint:
+        check_init_from(config)
 
     (total, in_matmuls), tokens = num_parameters(config), config.batch_size * config.context
     print(f"{total:,} parameters, {in_matmuls:,} of them in matmuls | {config.max_steps:,} steps x "

@@ -1,5 +1,6 @@
 """Configs: a frozen dataclass of defaults, a Python file of assignments laid over it, and
---key=value arguments laid over both.
+--key=value arguments laid over both. "~" and $VARIABLE in a string stand for what they mean in a
+shell.
 
 A config class declares one key per line:
 
@@ -9,9 +10,11 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import traceback
 from dataclasses import field
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from nanoxla.errors import UserError
@@ -58,10 +61,7 @@ def load(config_class, path, overrides=()):
     Raises UserError for an unknown key, a wrong type and a value out of range."""
     fields = {entry.name: entry for entry in dataclasses.fields(config_class)}
     values = {name: typed(fields, name, value, path) for name, value in assignments(path).items()}
-    for argument in overrides:
-        name, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
-            raise UserError(f"{argument}: expected --key=value; --help lists the keys")
+    for name, text in split_overrides(overrides):
         values[name] = typed(fields, name, text, "the command line", parse=True)
     for name, value in values.items():
         check = fields[name].metadata["check"]
@@ -73,8 +73,21 @@ def load(config_class, path, overrides=()):
         raise UserError(error) from None
 
 
+def split_overrides(arguments):
+    """Yields (key, text) for each "--key=value" or "--key", "value". "-" in a key means "_"."""
+    arguments = iter(arguments)
+    for argument in arguments:
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if not equals:
+            text = next(arguments, "--")
+        if not argument.startswith("--") or (not equals and text.startswith("--")):
+            raise UserError(f"{argument}: expected --key=value; --help lists the keys")
+        yield name.replace("-", "_"), text
+
+
 def assignments(path):
-    """{name: value} of the variables that the Python file `path` assigns."""
+    """{name: value} of the variables that the Python file `path` assigns. Modules, functions,
+    classes and names that begin with "_" are the file's own business."""
     values = {}
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), str(path), "exec"), values)
@@ -84,21 +97,23 @@ def assignments(path):
         innermost = traceback.extract_tb(error.__traceback__)[-1]
         line = getattr(error, "lineno", None) or innermost.lineno
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
-    return {name: value for name, value in values.items() if not name.startswith("__")}
+    return {name: value for name, value in values.items()
+            if not (name.startswith("_") or callable(value) or isinstance(value, ModuleType))}
 
 
 def typed(fields, name, value, where, parse=False):
     """`value`, if it has the type of the field `name`. parse: convert it from text first."""
     if name not in fields:
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0)[0]
-        raise UserError(f"{where}: there is no key {name!r}; the nearest is {nearest!r}")
+        hint = "" if parse else ". The name of a helper variable has to begin with _"
+        raise UserError(f"{where}: there is no key {name!r}; the nearest is {nearest!r}{hint}")
     kind = fields[name].type
     if parse or (kind is float and type(value) is int):
         with contextlib.suppress(ValueError):
             value = kind(value)
     if type(value) is not kind:
         raise UserError(f"{where}: {name} = {value!r}, expected {kind.__name__}")
-    return value
+    return os.path.expanduser(os.path.expandvars(value)) if kind is str else value
 
 
 def print_keys(config_class):

@@ -45,6 +45,11 @@ def due(step, every, config):
     return step == config.max_steps or (every > 0 and step % every == 0)
 
 
+def checkpoint_due(step, config):
+    """Whether a checkpoint is due after `step` steps."""
+    return due(step, config.checkpoint_every, config) or step == config.decay_start
+
+
 def compilations():
     """How many graphs this process has compiled, and how many seconds that took."""
     count, nanoseconds, _ = met.metric_data("CompileTime") or (0, 0, ())
@@ -106,7 +111,11 @@ class TrainingLog:
         self.flops_per_token = flops_per_token
         self.is_writer = xr.global_ordinal() == 0
         self.path = Path(config.out_dir, "metrics.jsonl")
-        self.rows = bytearray(Path(checkpoint, "metrics.jsonl").read_bytes() if checkpoint else b"")
+        self.rows = bytearray()
+        if checkpoint:
+            self.rows += Path(checkpoint, "metrics.jsonl").read_bytes()
+        elif config.init_from:
+            self.rows += json.dumps({"step": 0, "init_from": config.init_from}).encode() + b"\n"
         if self.is_writer:
             self.lock = own(config.out_dir)
             self.write_all()
@@ -127,7 +136,7 @@ class TrainingLog:
         config = self.config
         self.clock.step_started()
         self.read_pending()
-        pause = due(step, config.eval_every, config) or due(step, config.checkpoint_every, config)
+        pause = due(step, config.eval_every, config) or checkpoint_due(step, config)
         if pause or step == self.first_step + 1 or due(step, config.log_every, config):
             ready = SimpleQueue()
             on_ready_callback(report, lambda _: ready.put(time.perf_counter()))
@@ -179,8 +188,13 @@ class TrainingLog:
         self.write(row, line)
         self.bar.update(step - self.bar.n)
 
-    def validation(self, step, val_loss):
-        self.write({"step": step, "val_loss": val_loss}, "val loss {val_loss:.4f}")
+    def validation(self, step, val_loss, bytes_per_token):
+        """val_loss: in nats per token. bytes_per_token: of the validation data; None if unknown."""
+        row, line = {"step": step, "val_loss": val_loss}, "val loss {val_loss:.4f}"
+        if bytes_per_token:  # bits per byte can be compared between tokenizers
+            row["val_bpb"] = val_loss / math.log(2) / bytes_per_token
+            line += " | {val_bpb:.4f} bits per byte"
+        self.write(row, line)
 
     def write(self, row, line):
         """Appends a row to metrics.jsonl and prints it, as `line` formats it."""

@@ -15,12 +15,18 @@ def model_card(state, rows, config, num_parameters, dtype):
         ("weights", dtype)]
     if state["step"]:  # not a model from elsewhere, which has step 0
         run = state["config"]
+        if run.get("init_from"):
+            facts.append(("started from", f"the weights of {run['init_from']}"))
+        decay = f"cosine over {run['max_steps']:,} steps"
+        if run.get("schedule") == "wsd":
+            decay = f"constant, then linear over the last {run['decay_steps']:,} of " + (
+                f"{run['max_steps']:,} steps")
         facts += [
             ("trained on", f"{state['tokens']:,} tokens in {state['step']:,} steps "
                            f"of {run['batch_size']} windows"),
             ("optimiser", f"AdamW, peak learning rate {run['learning_rate']:g}, "
                           f"{run['warmup_steps']:,} warm-up steps, "
-                          f"cosine over {run['max_steps']:,} steps to {run['min_lr']:g}, "
+                          f"{decay} to {run['min_lr']:g}, "
                           f"weight decay {run['weight_decay']:g}, "
                           f"gradients clipped at {run['grad_clip']:g}"),
             ("precision", f"matrix products in {run['dtype']}, weights and moments in float32")]
@@ -29,8 +35,9 @@ def model_card(state, rows, config, num_parameters, dtype):
         facts.append(("training loss", f"{last['loss']:.4f} at step {last['step']:,}"))
     if evaluations := [row for row in rows if row.get("val_loss") is not None]:
         last = evaluations[-1]
+        bpb = f"; {last['val_bpb']:.4f} bits per byte" if "val_bpb" in last else ""
         facts.append(("validation loss", f"{last['val_loss']:.4f} at step {last['step']:,} "
-                                         "(cross-entropy in nats per token)"))
+                                         f"(cross-entropy in nats per token{bpb})"))
     versions = [f"{package} {version}" for package, version in state["versions"].items()]
     facts.append(("software", ", ".join(versions)))
     table = "\n".join(f"| {name} | {value} |" for name, value in facts)

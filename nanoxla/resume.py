@@ -56,7 +56,7 @@ def newest_elsewhere(config, data_sha256):
             return checkpoint
         except UserError as error:
             reasons.append(str(error))
-    if reasons:
+    if reasons and not config.init_from:  # which may name a run there
         raise UserError(f"no checkpoint in {config.resume_search} fits this run. The newest: "
                         f"{reasons[0]}. To start a new run, add --resume=never")
     return None
@@ -95,11 +95,13 @@ def check_same_run(config, data_sha256, checkpoint):
     state = read_state(checkpoint)
     saved, tokenizer = state["config"], tokenizer_path(config)
     imported = state["step"] == 0  # by convert_to_hf.py --from-hf: only the shape is known
+    free = {"max_steps", "decay_steps"} if length_may_change(saved, config, state["step"]) else ()
     changes = []
     for entry in dataclasses.fields(config):
         now = getattr(config, entry.name)
-        before = saved.get(entry.name, now if imported else None)
-        if before != now and not entry.metadata["per_session"]:
+        # A key that a checkpoint lacks is newer than the checkpoint: its default changes nothing.
+        before = saved.get(entry.name, now if imported else entry.default)
+        if before != now and not entry.metadata["per_session"] and entry.name not in free:
             changes.append(f"{entry.name} was {before!r}, is {now!r}")
     if state["data_sha256"] not in (None, data_sha256):
         changes.append(f"the training data differs: it was {saved['train_glob']} in "
@@ -108,4 +110,15 @@ def check_same_run(config, data_sha256, checkpoint):
         changes.append(f"the tokenizer of the run was not {tokenizer}")
     if changes:
         raise UserError(f"{checkpoint} belongs to another run: {'; '.join(changes)}. "
-                        "Undo these changes, or choose another out_dir")
+                        "Undo these changes, or start a new run in another out_dir; "
+                        f"--init_from={checkpoint} starts it with these weights")
+
+
+def length_may_change(saved, config, step):
+    """Whether a run may have another max_steps and decay_steps from now on. That is so until the
+    learning rate of a wsd schedule begins to decay: the steps so far were the same for both.
+
+    saved: the config of the checkpoint, as a dict. step: the finished steps."""
+    if not saved.get("schedule") == config.schedule == "wsd":
+        return False
+    return step <= min(saved["max_steps"] - saved["decay_steps"], config.decay_start)

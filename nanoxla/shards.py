@@ -122,3 +122,13 @@ def tokenizer_path(config):
         return Path(config.tokenizer)
     name = read_meta(config.data_dir).get("tokenizer")
     return name and Path(config.data_dir, name)
+
+
+def bytes_per_token(paths):
+    """The bytes of text per token of these shards, if they are a whole split that `prepare` wrote;
+    else None."""
+    meta = read_meta(paths[0].parent)
+    for split in meta.get("splits", {}).values():
+        if {shard["file"] for shard in split["shards"]} == {path.name for path in paths}:
+            return split["bytes"] / split["tokens"]
+    return None

@@ -85,10 +85,10 @@ def test_rows_that_could_not_be_written_are_written_later(tiny, tmp_path, capsys
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").mkdir()
     for step in (1, 2):
-        log.validation(step, 1.0)
+        log.validation(step, 1.0, None)
     assert capsys.readouterr().out.count("metrics.jsonl: [Errno 21] Is a directory") == 2
     (tmp_path / "metrics.jsonl").rmdir()
-    log.validation(3, float("nan"))
+    log.validation(3, float("nan"), 4.0)
     losses = [(row["step"], row["val_loss"]) for row in rows(tmp_path)[1]]
     assert losses == [(1, 1.0), (2, 1.0), (3, None)]
 

@@ -5,21 +5,24 @@ import io
 import itertools
 import json
 import math
+import re
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch_xla
 import torch_xla.debug.metrics as met
-from conftest import ROOT, TINY, rows, run, write_config
+from conftest import ROOT, TINY, rows, run, train_here, write_config
 
 import nanoxla.config
 import train
 from model import Llama, flops_per_token, num_parameters
-from nanoxla import log
+from nanoxla import log, model_card, shards
+from nanoxla.prepare import prepare
 from train import AdamW, Config, TracedModel, learning_rate, load_config, train_step
 
 REFERENCE = load_config("config/fwedu_124m.py")
@@ -234,7 +237,7 @@ def test_speeds_are_right_whichever_waits(tiny, tmp_path, monkeypatch, log_every
         training_log.training(step, 1e-3, device.start())
         if step % 4 == 0:
             time.sleep(0.1)  # an evaluation
-            training_log.validation(step, 2.0)
+            training_log.validation(step, 2.0, None)
     training_log.close(config.max_steps)
 
     def expected(step):
@@ -355,7 +358,58 @@ def test_a_wrong_argument_is_explained_in_one_line(tiny, tmp_path, train_fails, 
     assert message in train_fails(tiny, f"--out_dir={tmp_path}", argument)
 
 
+def test_bits_per_byte(tmp_path, capsys):
+    """val_bpb: known if `prepare` wrote the whole validation split."""
+    text = "".join(f"{{\"text\": \"{'the people of the union ' * 20}{i}\"}}\n" for i in range(60))
+    (tmp_path / "text.jsonl").write_text(text)
+    prepare([tmp_path / "text.jsonl"], tmp_path / "tokenizer.model", tmp_path / "data", 300, 0.5)
+    config = write_config(tmp_path / "tiny.py", **TINY | dict(
+        vocab_size=300, data_dir=str(tmp_path / "data"), eval_batches=1))
+    train_here(config, f"--out_dir={tmp_path / 'run'}")
+    split = json.loads((tmp_path / "data/meta.json").read_text())["splits"]["val"]
+    for row in rows(tmp_path / "run")[1]:
+        bits = row["val_loss"] / math.log(2) * split["tokens"]
+        assert row["val_bpb"] == pytest.approx(bits / split["bytes"])
+    assert f"| {row['val_bpb']:.4f} bits per byte" in capsys.readouterr().out
+    card = model_card.model_card({"step": 0, "versions": {}}, [row], train.Config(), (1, 1), "x")
+    assert f"nats per token; {row['val_bpb']:.4f} bits per byte)" in card
+    paths = sorted((tmp_path / "data").glob("*.bin"))
+    assert shards.bytes_per_token(paths) is None  # not one split
+
+
+def test_arguments_mean_what_they_say(tiny, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SHARDS", "/data/shards")
+    for arguments in (["--max-steps=5", "--out_dir=~/run", "--data-dir=$SHARDS/a"],
+                      ["--max_steps", "5", "--out-dir", "~/run", "--data_dir", "${SHARDS}/a"]):
+        config = load_config(tiny, arguments)
+        assert (config.max_steps, config.out_dir, config.data_dir) == (
+            5, "/home/me/run", "/data/shards/a")
+    assert load_config(tiny, ["--min_lr", "1e-4", "--seed", "3"]).seed == 3
+
+
+@pytest.mark.parametrize("arguments", [["--max_steps"], ["--max_steps", "--seed=1"], ["5"],
+                                       ["--max_steps=5", "6"]])
+def test_an_argument_without_a_key_or_value_is_refused(tiny, train_fails, arguments):
+    assert "expected --key=value" in train_fails(tiny, *arguments)
+
+
+def test_a_config_may_import_and_compute(tmp_path):
+    """As nanoGPT's configs do."""
+    path = tmp_path / "config.py"
+    path.write_text("import time\nfrom math import sqrt\n_cores = 8\n"
+                    "def _double(x):\n    return 2 * x\n"
+                    "batch_size = _cores * 4\nmax_steps = int(sqrt(_double(80_000)))\n"
+                    "out_dir = 'out/' + time.strftime('%Y')\ndata_dir = '~/data'\n")
+    config = load_config(path)
+    assert (config.batch_size, config.max_steps) == (32, 400)
+    assert re.fullmatch(r"out/\d{4}", config.out_dir)
+    assert config.data_dir == str(Path.home() / "data")
+
+
 @pytest.mark.parametrize("text, message", [
+    ("cores = 8", "no key 'cores'; the nearest is"),
+    ("cores = 8", ". The name of a helper variable has to begin with _"),
     ("learning_rte = 1e-3", "no key 'learning_rte'; the nearest is 'learning_rate'"),
     ("max_steps = 'ten'", "max_steps = 'ten', expected int"),
     ("max_steps = True", "max_steps = True, expected int"),
