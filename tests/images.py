@@ -77,9 +77,12 @@ def install(python, tried):
 def train(python):
     """Returns the losses of the first and the last of 20 steps."""
     with tempfile.TemporaryDirectory() as directory:
-        run(python, "data.py", "prepare", "--input", "docs", "--out", f"{directory}/data",
-            "--tokenizer", f"{directory}/tokenizer.model", "--vocab-size", 400,
-            "--val-fraction", 0.1)
+        pages = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+        Path(directory, "pages.jsonl").write_text("".join(
+            json.dumps({"text": paragraph}) + "\n" for paragraph in pages.split("\n\n")))
+        run(python, "data.py", "prepare", "--input", f"{directory}/pages.jsonl",
+            "--out", f"{directory}/data", "--tokenizer", f"{directory}/tokenizer.model",
+            "--vocab-size", 400, "--val-fraction", 0.2)
         run(python, "train.py", "config/demo.py", f"--data_dir={directory}/data",
             "--vocab_size=400", f"--out_dir={directory}/out", "--max_steps=20", "--log_every=1",
             "--warmup_steps=5", "--eval_batches=1", "--context=64")
