@@ -42,7 +42,7 @@ from nanoxla.shards import (
     allow_open_files,
     check_token_ids,
     find_shards,
-    open_shard,
+    open_shards,
     other_formats,
     out_of_vocabulary,
     tokenizer_path,
@@ -114,7 +114,7 @@ class TokenDataset:
 
     def __init__(self, paths, context, vocab_size, shard_format="auto"):
         self.paths, self.context, self.vocab_size = paths, context, vocab_size
-        self.shards = [open_shard(path, shard_format) for path in paths]
+        self.shards = open_shards(paths, shard_format)
         for path, shard in zip(paths, self.shards):
             if len(shard) <= context:
                 raise UserError(f"{path} holds {len(shard):,} tokens; a window of "

@@ -9,7 +9,7 @@ from nanoxla.errors import UserError
 from nanoxla.shards import (
     find_shards,
     first_out_of_vocabulary,
-    open_shard,
+    open_shards,
     other_formats,
     read_meta,
     scan,
@@ -72,6 +72,6 @@ def inspect(where, vocab_size=None, context=1_024, tokenizer=None, shard_format=
         if report.out_of_vocabulary:
             print(f"WARNING: {report.out_of_vocabulary}")
     if processor:
-        start = open_shard(paths[0], shard_format)[:48]
+        start = open_shards(paths[:1], shard_format)[0][:48]
         known = [int(token) for token in start if token < processor.vocab_size()]
         print(f"{paths[0].name} begins: {processor.decode(known)!r}")

@@ -48,26 +48,18 @@ def recognise(path, shard_format):
     """The ShardFormat of a file. shard_format: one of SHARD_FORMATS. Raises UserError for a file
     that cannot be a shard."""
     size = path.stat().st_size
-    if size == 0:
+    sample = read_sample(path, size) if shard_format == "auto" else b""
+    magic, version, tokens = np.frombuffer(sample[:12].ljust(12, b"\0"), "<i4").tolist()
+    if sample.startswith(b"\x93NUMPY"):
+        found = read_npy_header(path)
+    elif magic in LLM_C:
+        found = check_llm_c_header(path, size, magic, version, tokens)
+    else:
+        dtype = guess_dtype(sample) if shard_format == "auto" else np.dtype(shard_format)
+        found = check_headerless(path, size, dtype)
+    if found.tokens == 0:
         raise UserError(f"{path} is empty")
-    dtype = np.dtype(shard_format if shard_format != "auto" else "uint16")
-    if shard_format == "auto":
-        sample = read_sample(path, size)
-        magic, version, tokens = np.frombuffer(sample[:12].ljust(12, b"\0"), "<i4").tolist()
-        if sample.startswith(b"\x93NUMPY"):
-            return read_npy_header(path)
-        if magic in LLM_C:
-            return check_llm_c_header(path, size, magic, version, tokens)
-        dtype = guess_dtype(sample)
-    if dtype.byteorder == ">":
-        ids = f'numpy.fromfile(old, "{dtype.str}").byteswap()'
-        raise UserError(f"{path} looks like big-endian {dtype.name}; expected little-endian ids. "
-                        "If it is right as it is, set shard_format to uint16; to rewrite it: "
-                        + mending_command(path, f"{ids}.tofile(new)"))
-    if size % dtype.itemsize:
-        raise UserError(f"{path} has {size:,} bytes, not a multiple of {dtype.itemsize}: it does "
-                        f"not hold {dtype.name} token ids, or it was cut short")
-    return ShardFormat("", 0, dtype, size // dtype.itemsize)
+    return found
 
 
 def read_npy_header(path):
@@ -91,6 +83,18 @@ def check_llm_c_header(path, size, magic, version, tokens):
                         f"{dtype.name}; expected version {expected} and {needed:,} bytes, found "
                         f"{size:,}. Download or write it again")
     return ShardFormat("llm.c", LLM_C_HEADER, dtype, tokens)
+
+
+def check_headerless(path, size, dtype):
+    if dtype.byteorder == ">":
+        ids = f'numpy.fromfile(old, "{dtype.str}").byteswap()'
+        raise UserError(f"{path} looks like big-endian {dtype.name}; expected little-endian ids. "
+                        "If it is right as it is, set shard_format to uint16; to rewrite it: "
+                        + mending_command(path, f"{ids}.tofile(new)"))
+    if size % dtype.itemsize:
+        raise UserError(f"{path} has {size:,} bytes, not a multiple of {dtype.itemsize}: it does "
+                        f"not hold {dtype.name} token ids, or it was cut short")
+    return ShardFormat("", 0, dtype, size // dtype.itemsize)
 
 
 def read_sample(path, size):

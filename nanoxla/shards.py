@@ -36,25 +36,24 @@ def find_shards(data_dir, pattern):
     return paths
 
 
-def format_of(path, shard_format):
-    """The ShardFormat of a file; see recognise. Shards that `prepare` wrote are not doubted."""
-    trusted = shard_format == "auto" and written_by_prepare(path, math.inf)
-    return recognise(path, "uint16" if trusted else shard_format)
+def formats_of(paths, shard_format):
+    """The ShardFormat of each file; see recognise. Shards that `prepare` wrote are not doubted."""
+    trusted = written_by_prepare(paths, math.inf) if shard_format == "auto" else ()
+    return [recognise(path, "uint16" if path in trusted else shard_format) for path in paths]
 
 
-def open_shard(path, shard_format="auto"):
-    """A memory map of a shard's token ids. Raises UserError if the file cannot be a shard.
+def open_shards(paths, shard_format="auto"):
+    """Memory maps of the token ids of shards. Raises UserError for a file that cannot be a shard.
 
     The operating system reads a page from the disk when it is first used, shares it between all
     processes, and drops it when memory is short."""
-    found = format_of(path, shard_format)
-    return np.memmap(path, found.dtype, "r", found.start, found.tokens)
+    return [np.memmap(path, found.dtype, "r", found.start, found.tokens)
+            for path, found in zip(paths, formats_of(paths, shard_format))]
 
 
 def other_formats(paths, shard_format):
     """{ShardFormat in words: number of shards}, without those that are as `prepare` writes them."""
-    formats = [format_of(path, shard_format) for path in paths]
-    return collections.Counter(str(found) for found in formats
+    return collections.Counter(str(found) for found in formats_of(paths, shard_format)
                                if found.header or found.dtype != TOKEN_DTYPE)
 
 
@@ -94,7 +93,7 @@ def first_out_of_vocabulary(path, found, offset, ids, vocab_size):
 def scan(paths, description, shard_format):
     """Yields (path, ShardFormat, offset, ids) over all tokens of all shards, SCAN_TOKENS at a time,
     and shows its progress."""
-    formats = [format_of(path, shard_format) for path in paths]
+    formats = formats_of(paths, shard_format)
     with Progress(sum(found.tokens for found in formats), "token", description) as progress:
         for path, found in zip(paths, formats):
             for offset in range(0, found.tokens, SCAN_TOKENS):
@@ -107,7 +106,8 @@ def scan(paths, description, shard_format):
 def check_token_ids(paths, vocab_size, shard_format="auto"):
     """Raises UserError for the first id that is not below vocab_size. XLA would silently replace it
     with the last id. Skips shards that `prepare` wrote, if its vocabulary was not larger."""
-    unknown = [path for path in paths if not written_by_prepare(path, vocab_size)]
+    trusted = written_by_prepare(paths, vocab_size)
+    unknown = [path for path in paths if path not in trusted]
     for path, found, offset, ids in scan(unknown, "checking token ids", shard_format):
         if error := first_out_of_vocabulary(path, found, offset, ids, vocab_size):
             raise error
@@ -130,13 +130,17 @@ def read_meta(directory):
     return meta if isinstance(meta, dict) and meta.get("format") == META_FORMAT else {}
 
 
-def written_by_prepare(path, vocab_size):
-    """Whether meta.json lists this shard, with its present size and ids below vocab_size."""
-    meta = read_meta(path.parent)
-    tokens = {shard["file"]: shard["tokens"]
-              for split in meta.get("splits", {}).values() for shard in split["shards"]}
-    return (meta.get("vocab_size", math.inf) <= vocab_size
-            and tokens.get(path.name) == os.path.getsize(path) / TOKEN_DTYPE.itemsize)
+def written_by_prepare(paths, vocab_size):
+    """The set of the paths that meta.json lists, with their present size and ids below
+    vocab_size."""
+    tokens = {}
+    for directory in {path.parent for path in paths}:
+        meta = read_meta(directory)
+        if meta.get("vocab_size", math.inf) <= vocab_size:
+            tokens |= {directory / shard["file"]: shard["tokens"]
+                       for split in meta.get("splits", {}).values() for shard in split["shards"]}
+    return {path for path in paths
+            if tokens.get(path) == os.path.getsize(path) / TOKEN_DTYPE.itemsize}
 
 
 def tokenizer_path(config):

@@ -134,7 +134,7 @@ def test_the_message_contains_a_command_that_mends_the_file(tmp_path, name):
     assert f"{path} " in found and message in found and "\n" not in found
     command = re.search(r"To rewrite it: python (.*)|to rewrite it: python (.*)", found)
     subprocess.run(f"{sys.executable} {command[1] or command[2]}", shell=True, check=True)
-    ids = data.open_shard(path)
+    ids = data.open_shards([path])[0]
     assert (ids == IDS[:len(ids)]).all() and len(ids) >= 30_000
     assert os.listdir(path.parent) == ["a.bin"]
 
@@ -147,6 +147,7 @@ REFUSED = {
     "uint32, cut": (IDS.astype("<u4").tobytes()[:-2], "has 120,002 bytes, not a multiple of 4"),
     ".npy, cut": (npy(IDS)[:-1], "is a .npy file that can't be read: "),
     ".npy, half a header": (npy(IDS)[:50], "is a .npy file that can't be read: "),
+    ".npy, nothing": (npy(IDS[:0]), "a.bin is empty"),
     ".npy of objects": (npy(np.array([{}])), "is a .npy file that can't be read: "),
 }
 
@@ -209,10 +210,10 @@ def test_shards_of_prepare_are_not_doubted(tmp_path):
     shards = [{"file": path.name, "tokens": 2 * len(IDS)}]
     meta = {"format": 1, "vocab_size": 400, "splits": {"train": {"shards": shards}}}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    assert len(data.open_shard(path)) == 2 * len(IDS)
+    assert len(data.open_shards([path])[0]) == 2 * len(IDS)
     shards[0]["tokens"] -= 1  # no longer the file that prepare wrote
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    assert len(data.open_shard(path)) == len(IDS)
+    assert len(data.open_shards([path])[0]) == len(IDS)
 
 
 # --- many shards --------------------------------------------------------------------------------

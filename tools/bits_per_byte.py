@@ -23,7 +23,7 @@ from model import load_model
 from nanoxla import checkpoint
 from nanoxla.errors import UserError, run_command
 from nanoxla.progress import Progress
-from nanoxla.shards import find_shards, open_shard
+from nanoxla.shards import find_shards, open_shards
 from nanoxla.tokenizer import load_tokenizer
 
 
@@ -64,7 +64,7 @@ def main():
                         "name a directory of shards with --data")
     shards = find_shards(data_dir, state["config"].get("val_glob", "val_*.bin"))
     shard_format = state["config"].get("shard_format", "auto")
-    ids = np.concatenate([open_shard(shard, shard_format) for shard in shards])
+    ids = np.concatenate(open_shards(shards, shard_format))
 
     texts = documents(ids, load_tokenizer(path / "tokenizer.model"))
     text = "".join(texts).encode()
