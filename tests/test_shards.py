@@ -100,16 +100,22 @@ def test_the_fingerprint_of_uint16_shards_is_that_of_older_versions(tmp_path):
         "f8e48cba1f913f5dc3097ade408e1c85469cadc9a26de4fa846e2cd20ca66cbd")
 
 
-@pytest.mark.parametrize("ids, dtype, found", [
-    (np.where(np.arange(500) == 480, -100, IDS[:500]), "<i8", r"-100 at token 480 \(byte 3,840\)"),
-    (np.where(np.arange(500) == 480, 128_000, IDS[:500]), "<u4", r"128000 at .* \(byte 1,920\)")])
-def test_an_id_that_no_uint16_can_hold_is_refused(tmp_path, ids, dtype, found):
-    ids.astype(dtype).tofile(tmp_path / "a.bin")
-    name = {"<i8": "int64", "<u4": "uint32"}[dtype]
-    with pytest.raises(UserError, match=f"a.bin holds token id {found}; ids must be below"):
-        data.check_data(config(tmp_path, shard_format=name))
-    if dtype == "<u4":
-        assert recognise(tmp_path / "a.bin", "auto").dtype == "<u4"
+def with_id(token):
+    return np.where(np.arange(500) == 480, token, IDS[:500])
+
+
+@pytest.mark.parametrize("content, found", [
+    (npy(with_id(-100)), r"-100 at token 480 \(byte 3,968\)"),
+    (llm_c(with_id(128_000).astype("<u4"), 20240801, 7), r"128000 at token 480 \(byte 2,944\)"),
+    (with_id(128_000).astype("<u4").tobytes(), r"128000 at token 480 \(byte 1,920\)"),
+], ids=["negative", "llm.c", "uint32"])
+def test_an_id_that_no_uint16_can_hold_is_refused(tmp_path, content, found):
+    (tmp_path / "a.bin").write_bytes(content)
+    message = f"a.bin holds token id {found}; ids must be below vocab_size=4096"
+    with pytest.raises(UserError, match=message):
+        data.check_data(config(tmp_path))
+    with pytest.raises(UserError, match=message):
+        data.open_data(config(tmp_path))[0].read(np.array([470]))
 
 
 # --- refused ------------------------------------------------------------------------------------
@@ -187,6 +193,7 @@ def ordinary(vocab_size, size):
         yield np.where(np.arange(size) % 1_024 < 100, uniform, constant)  # padded documents
     yield np.arange(size) % 2
     yield random.choice(uniform[:9], size)  # a few different ids
+    yield np.where(np.isin(np.arange(size), [0, 2, 4, 6]), np.arange(size) + 4, 0) % vocab_size
 
 
 @pytest.mark.parametrize("vocab_size", [2, 4, 64, 256, 300, 4_096, 32_000, 50_257, 65_536])
@@ -200,7 +207,7 @@ def test_ordinary_shards_are_not_doubted(tmp_path, vocab_size, size):
 @pytest.mark.parametrize("content", [*READ.values(), MENDED["big-endian uint16"][0]])
 def test_shard_format_overrules(tmp_path, content):
     (tmp_path / "a.bin").write_bytes(content)
-    found = data.TokenDataset([tmp_path / "a.bin"], 16, 65_536, "uint16").shards[0]
+    found = data.open_data(config(tmp_path, shard_format="uint16"))[0].shards[0]
     assert found.dtype == "<u2" and found.tobytes() == content
 
 
