@@ -3,12 +3,12 @@
     python data.py prepare --input texts/ --tokenizer tok.model --vocab-size 4096 --out data/mine
     python data.py inspect data/mine
 
-A shard is a headerless file of little-endian uint16 token ids. All shards together form a ring of
-tokens: the last is followed by the first. An epoch cuts the ring into windows of `context` tokens,
-beginning at a random origin, and reads each window once, in a random order. (It reads one token
-more for each: the target of the last position.) As an example, take two shards of 20 and 23 tokens,
-context = 4, seed = 0. Each character is one token: a letter names its shard, a digit its window,
-and a dot belongs to no window.
+A shard is a file of token ids, as a rule little-endian uint16 without a header. All shards together
+form a ring of tokens: the last is followed by the first. An epoch cuts the ring into windows of
+`context` tokens, beginning at a random origin, and reads each window once, in a random order. (It
+reads one token more for each: the target of the last position.) As an example, take two shards of
+20 and 23 tokens, context = 4, seed = 0. Each character is one token: a letter names its shard, a
+digit its window, and a dot belongs to no window.
 
     shards    aaaaaaaaaaaaaaaaaaaabbbbbbbbbbbbbbbbbbbbbbb
     epoch 0   4455556666777788889999...000011112222333344   origin 25, order 4 3 9 5 0 7 1 8 6 2
@@ -28,6 +28,7 @@ import argparse
 import hashlib
 import math
 import mmap
+import sys
 
 import numpy as np
 
@@ -35,11 +36,14 @@ from nanoxla.documents import SUFFIXES
 from nanoxla.errors import UserError, run_command
 from nanoxla.inspect_shards import inspect
 from nanoxla.prepare import prepare
+from nanoxla.shard_formats import SHARD_FORMATS
 from nanoxla.shards import (
     TOKEN_DTYPE,
+    allow_open_files,
     check_token_ids,
     find_shards,
-    open_shard,
+    open_shards,
+    other_formats,
     out_of_vocabulary,
     tokenizer_path,
 )
@@ -108,9 +112,9 @@ class TokenDataset:
     """Shards as one ring of tokens, read in windows of context + 1 tokens. The last token is only a
     target; the next window on the ring, if there is one, begins with it."""
 
-    def __init__(self, paths, context, vocab_size):
+    def __init__(self, paths, context, vocab_size, shard_format="auto"):
         self.paths, self.context, self.vocab_size = paths, context, vocab_size
-        self.shards = [open_shard(path) for path in paths]
+        self.shards = open_shards(paths, shard_format)
         for path, shard in zip(paths, self.shards):
             if len(shard) <= context:
                 raise UserError(f"{path} holds {len(shard):,} tokens; a window of "
@@ -123,18 +127,23 @@ class TokenDataset:
         self.num_windows = self.num_tokens // context
 
     def fingerprint(self):
-        """A checksum of the length and the first and last 4 KB of each shard: enough to tell data
-        sets apart without reading them."""
+        """A checksum of the length and the first and last 2,048 ids of each shard, in any format:
+        enough to tell data sets apart without reading them."""
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(np.int64(len(shard)).tobytes())
-            digest.update(shard[:2_048].tobytes() + shard[-2_048:].tobytes())
+            ends = np.concatenate([shard[:2_048], shard[-2_048:]])
+            digest.update(ends.astype(TOKEN_DTYPE).tobytes())
         return digest.hexdigest()
 
     def locate(self, position):
         """The shard (its index) that holds a position on the ring, and the offset in it."""
         i = int(np.searchsorted(self.ends, position, side="right"))
         return i, int(position - self.ends[i]) + len(self.shards[i])
+
+    def byte(self, i, offset):
+        """Where in the file of shard i the token at `offset` begins."""
+        return self.shards[i].offset + offset * self.shards[i].itemsize
 
     def read(self, starts):
         """The windows at starts [n], as int32 [n, context + 1]. (torch_xla's embedding takes int32
@@ -148,18 +157,20 @@ class TokenDataset:
             if len(piece) < len(window):  # the ring continues in the next shard
                 following = self.shards[(i + 1) % len(self.shards)]
                 window[len(piece):] = following[:len(window) - len(piece)]
-        if windows.max() >= self.vocab_size:
-            row, column = np.argwhere(windows >= self.vocab_size)[0]
+        unsigned = windows.view(np.uint32)  # so a negative id is too large
+        if unsigned.max() >= self.vocab_size:
+            row, column = np.argwhere(unsigned >= self.vocab_size)[0]
             i, offset = self.locate((starts[row] + column) % self.num_tokens)
-            raise out_of_vocabulary(self.paths[i], offset, windows[row, column], self.vocab_size)
+            raise out_of_vocabulary(self.paths[i], offset, self.byte(i, offset),
+                                    windows[row, column], self.vocab_size)
         return windows
 
     def prefetch(self, starts):
         """Asks the operating system to fetch the windows at starts [n], and does not wait."""
         for start in starts:
             i, offset = self.locate(start)
-            first = offset * TOKEN_DTYPE.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
-            last = min((offset + self.context + 1) * TOKEN_DTYPE.itemsize, self.shards[i].nbytes)
+            first = self.byte(i, offset) // mmap.PAGESIZE * mmap.PAGESIZE
+            last = self.byte(i, min(offset + self.context + 1, len(self.shards[i])))
             self.shards[i].base.madvise(mmap.MADV_WILLNEED, first, last - first)
 
     def batch(self, step, batch_size, seed, rank, world_size):
@@ -194,13 +205,14 @@ def open_data(config):
     if both := set(train) & set(val):
         raise UserError(f"{min(both)} is training and validation data; "
                         "change train_glob or val_glob")
-    return (TokenDataset(train, config.context, config.vocab_size),
-            TokenDataset(val, config.context, config.vocab_size) if val else None)
+    allow_open_files(len(train) + len(val))
+    options = config.context, config.vocab_size, config.shard_format
+    return TokenDataset(train, *options), TokenDataset(val, *options) if val else None
 
 
 def check_data(config):
-    """Validates shards, token ids and tokenizer before any core starts. Raises UserError. Returns
-    the training data."""
+    """Validates shards, token ids and tokenizer before any core starts. Raises UserError. Prints a
+    note for shards that are not headerless uint16. Returns the training data."""
     train_data, val_data = open_data(config)
     paths = train_data.paths
     if val_data:
@@ -208,7 +220,10 @@ def check_data(config):
         paths = paths + val_data.paths
     if path := tokenizer_path(config):
         load_tokenizer(path, config.vocab_size)
-    check_token_ids(paths, config.vocab_size)
+    for words, number in other_formats(paths, config.shard_format).items():
+        print(f"note: {number:,} of {len(paths):,} shards in {config.data_dir} are read as "
+              f"{words}; --shard_format overrules this", file=sys.stderr)
+    check_token_ids(paths, config.vocab_size, config.shard_format)
     return train_data
 
 
@@ -244,6 +259,9 @@ def main():
     sub.add_argument("--context", type=int, default=1_024, help="tokens in a window (%(default)s)")
     sub.add_argument("--tokenizer",
                      help="SentencePiece model, to show some text (default: as in meta.json)")
+    sub.add_argument("--shard-format", default="auto", choices=SHARD_FORMATS,
+                     help="auto: recognise how the shards store ids (default); "
+                          "an integer type: so, without a header")
 
     arguments = vars(parser.parse_args())
     {"prepare": prepare, "inspect": inspect}[arguments.pop("command")](**arguments)

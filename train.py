@@ -56,6 +56,9 @@ class Config(ModelConfig):
     data_dir: str = session_key("data", "directory of the shards")
     train_glob: str = session_key("train_*.bin", "training shards in data_dir")
     val_glob: str = session_key("val_*.bin", "validation shards in data_dir")
+    shard_format: str = session_key("auto", "auto: recognise how the shards store ids | an integer "
+                                            "type: so, without a header",
+                                    one_of(*data.SHARD_FORMATS))
     tokenizer: str = session_key("", "SentencePiece model to store in every checkpoint; "
                                      "default: the one that data_dir/meta.json names")
     batch_size: int = key(256, "windows per optimiser step, over all cores", at_least(1))

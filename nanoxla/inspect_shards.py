@@ -1,4 +1,5 @@
 """`data.py inspect`: reports on any shards, prepared or downloaded."""
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -6,10 +7,10 @@ import numpy as np
 
 from nanoxla.errors import UserError
 from nanoxla.shards import (
-    MAX_VOCAB_SIZE,
-    TOKEN_DTYPE,
     find_shards,
     first_out_of_vocabulary,
+    open_shards,
+    other_formats,
     read_meta,
     scan,
 )
@@ -22,45 +23,24 @@ LLAMA_EOS = 2  # assumed if no tokenizer is known
 class Report:
     """The counts of one shard, collected piece by piece."""
     tokens: int = 0
-    smallest: int = MAX_VOCAB_SIZE
+    smallest: int = math.inf
     largest: int = 0
     documents: int = 0  # the number of eos ids
-    odd_zeros: int = 0  # zeros at odd positions, where 32-bit ids would have their upper halves
     out_of_vocabulary: UserError | None = None  # for the first id that is too large
 
-    def add(self, path, offset, ids, eos, vocab_size):
+    def add(self, path, found, offset, ids, eos, vocab_size):
         self.tokens += len(ids)
         self.smallest = min(self.smallest, int(ids.min()))
         self.largest = max(self.largest, int(ids.max()))
         self.documents += int(np.count_nonzero(ids == eos))
-        self.odd_zeros += int(np.count_nonzero(ids[1::2] == 0))
         if vocab_size and self.out_of_vocabulary is None:
-            self.out_of_vocabulary = first_out_of_vocabulary(path, offset, ids, vocab_size)
-
-    def warnings(self, path):
-        """Yields a warning for each sign that the shard does not hold the ids that it should."""
-        if self.out_of_vocabulary:
-            yield self.out_of_vocabulary
-        if self.tokens > 2 and self.odd_zeros == self.tokens // 2:
-            yield f"{path}: every second id is 0; these look like 32-bit ids"
-        if warning := header_warning(path):
-            yield f"{path}: {warning}"
+            self.out_of_vocabulary = first_out_of_vocabulary(path, found, offset, ids,
+                                                             vocab_size)
 
 
-def header_warning(path):
-    """A warning if the file begins with a header that we know, else None."""
-    with path.open("rb") as file:
-        head = file.read(4)
-    if head.startswith(b"\x93NUM"):
-        return "this is a .npy file; shards have no header (write the array with .tofile)"
-    if head == (20240520).to_bytes(4, "little"):
-        return "this shard has the 1,024-byte header of llm.c; cut it off with tail -c +1025"
-    return None
-
-
-def inspect(where, vocab_size=None, context=1_024, tokenizer=None):
-    """Reports on the shards of a directory, a file or a glob: their tokens, ids, documents and
-    windows. Warns about ids outside the vocabulary, and about files that do not hold uint16 ids."""
+def inspect(where, vocab_size=None, context=1_024, tokenizer=None, shard_format="auto"):
+    """Reports on the shards of a directory, a file or a glob: their tokens, ids, documents, windows
+    and format. Warns about ids outside the vocabulary."""
     if context < 1:
         raise UserError(f"--context {context}: expected at least 1")
     where = Path(where)
@@ -74,8 +54,8 @@ def inspect(where, vocab_size=None, context=1_024, tokenizer=None):
     eos = processor.eos_id() if processor else LLAMA_EOS
 
     reports = {path: Report() for path in paths}
-    for path, offset, ids in scan(paths, "reading"):
-        reports[path].add(path, offset, ids, eos, vocab_size)
+    for path, found, offset, ids in scan(paths, "reading", shard_format):
+        reports[path].add(path, found, offset, ids, eos, vocab_size)
 
     width = max(len(path.name) for path in paths)
     print(f"{'shard':{width}}  {'tokens':>15}  {'ids':>13}  {'documents':>11}  {'windows':>11}")
@@ -86,10 +66,12 @@ def inspect(where, vocab_size=None, context=1_024, tokenizer=None):
     total = sum(report.tokens for report in reports.values())
     print(f"{len(paths)} shards, {total:,} tokens, {total // context:,} windows of {context:,}; "
           f"documents are counted by their last token, eos = {eos}")
-    for path, report in reports.items():
-        for warning in report.warnings(path):
-            print(f"WARNING: {warning}")
+    for words, number in other_formats(paths, shard_format).items():
+        print(f"format: {words}" + f" ({number:,} of them)" * (number < len(paths)))
+    for report in reports.values():
+        if report.out_of_vocabulary:
+            print(f"WARNING: {report.out_of_vocabulary}")
     if processor:
-        start = np.fromfile(paths[0], TOKEN_DTYPE, 48).astype(int)
+        start = open_shards(paths[:1], shard_format)[0][:48]
         known = [int(token) for token in start if token < processor.vocab_size()]
         print(f"{paths[0].name} begins: {processor.decode(known)!r}")

@@ -518,7 +518,7 @@ def test_the_real_command_explains_a_mistake_and_leaves_nothing(corpus, tmp_path
     (None, "DIR/a.bin", "no file matches a.bin in DIR"),
     (None, "DIR/no/where", "DIR/no is not a directory"),
     (b"", "DIR", "DIR/a.bin is empty"),
-    (b"123", "DIR/a.bin", "DIR/a.bin has an odd number of bytes (3)"),
+    (b"123", "DIR/a.bin", "DIR/a.bin has 3 bytes, not a multiple of 2"),
     (b"1234", "DIR --context 0", "--context"),
 ])
 def test_inspect_explains_a_mistake(tmp_path, mistake, content, options, message):
@@ -547,11 +547,7 @@ IDS = np.array([1, 5, 399, 2], "<u2")
     (IDS.tobytes(), (), None),
     (IDS.tobytes(), ("--vocab-size", "399"),
      r"a\.bin holds token id 399 at token 2 \(byte 4\); .* vocab_size=399"),
-    (IDS.astype("<u4").tobytes(), (),
-     r"a\.bin: every second id is 0; these look like 32-bit ids"),
-    (b"\x93NUMPY" + IDS.tobytes(), (), r"a\.bin: this is a \.npy file"),
-    (np.array([20240520, 1], "<i4").tobytes() + IDS.tobytes(), (), r"a\.bin: .* header of llm\.c"),
-], ids=["no problem", "id outside the vocabulary", "32-bit ids", "a .npy file", "llm.c header"])
+], ids=["no problem", "id outside the vocabulary"])
 def test_inspect_warns_about(tmp_path, call, content, options, warning):
     write(tmp_path / "a.bin", content)
     printed, _ = call(data.main, "inspect", tmp_path, *options)

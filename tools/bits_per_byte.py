@@ -23,7 +23,7 @@ from model import load_model
 from nanoxla import checkpoint
 from nanoxla.errors import UserError, run_command
 from nanoxla.progress import Progress
-from nanoxla.shards import TOKEN_DTYPE, find_shards
+from nanoxla.shards import find_shards, open_shards
 from nanoxla.tokenizer import load_tokenizer
 
 
@@ -63,7 +63,8 @@ def main():
         raise UserError(f"{path} does not name its training data; "
                         "name a directory of shards with --data")
     shards = find_shards(data_dir, state["config"].get("val_glob", "val_*.bin"))
-    ids = np.concatenate([np.fromfile(shard, TOKEN_DTYPE) for shard in shards])
+    shard_format = state["config"].get("shard_format", "auto")
+    ids = np.concatenate(open_shards(shards, shard_format))
 
     texts = documents(ids, load_tokenizer(path / "tokenizer.model"))
     text = "".join(texts).encode()
