@@ -22,8 +22,9 @@ from nanoxla.texts import Skipped
 from nanoxla.tokenizer import load_tokenizer, train_tokenizer
 
 PROGRESS = "progress.json"  # in OUT.partial: what is done
-SAVE_SECONDS = 10
-BUCKETS = 256  # of a split, for shuffling; one at a time is in memory
+SAVE_SECONDS = 10  # between records, or 20 times as long as a record takes
+BUCKET_BYTES = 64 << 20  # of the input; shuffling has one bucket at a time in memory
+MAX_BUCKETS = 1024
 
 
 class ShardWriter:
@@ -79,21 +80,21 @@ class ShardWriter:
 class ShufflingWriter(ShardWriter):
     """A ShardWriter that puts the documents into a random order, all orders being equally likely.
 
-    They may exceed the memory. So each document first goes to a random one of BUCKETS files, and
-    close() appends one bucket after the other to the shards, each in a random order."""
+    They may exceed the memory. So each document first goes to a random one of some files, the
+    buckets, and close() appends one after the other to the shards, each in a random order."""
 
-    def __init__(self, seed, *arguments):
+    def __init__(self, seed, buckets, *arguments):
         super().__init__(*arguments)
-        self.seed = seed
+        self.seed, self.buckets = seed, buckets
         (self.directory / "buckets").mkdir(exist_ok=True)
 
     def bucket(self, i):
-        return self.directory / "buckets" / f"{self.split}_{i:03d}"
+        return self.directory / "buckets" / f"{self.split}_{i:04d}"
 
     def write(self, encoded):
         # A generator for each call: what it draws may not depend on where a kill came between.
         random = np.random.default_rng([self.seed, self.documents, 0])
-        buckets = random.integers(BUCKETS, size=len(encoded.lengths))
+        buckets = random.integers(self.buckets, size=len(encoded.lengths))
         order, ends = np.argsort(buckets, kind="stable"), np.cumsum(encoded.lengths)
         for i in np.unique(buckets):
             with self.bucket(i).open("ab") as file:
@@ -103,8 +104,8 @@ class ShufflingWriter(ShardWriter):
                     file.write(encoded.ids[ends[j] - length:ends[j]].tobytes())
 
     def close(self):
-        with Progress(BUCKETS, "bucket", f"shuffling {self.split}") as progress:
-            for i in range(BUCKETS):
+        with Progress(self.buckets, "bucket", f"shuffling {self.split}") as progress:
+            for i in range(self.buckets):
                 self.append(self.shuffled(i))
                 progress.update()
         return super().close()
@@ -138,7 +139,7 @@ class Work:
             arguments = partial, split, job["shard_tokens"], *self.done["splits"].get(split, ())
             self.writers[split] = (
                 ShardWriter(*arguments) if job["shuffle_seed"] is None else
-                ShufflingWriter(job["shuffle_seed"], *arguments))
+                ShufflingWriter(job["shuffle_seed"], job["buckets"], *arguments))
 
     def files(self):
         return {str(path.relative_to(self.partial)): path for path in self.partial.rglob("*")
@@ -174,8 +175,8 @@ class Work:
 
     def encode(self, files, tokenizer, processes):
         """Encodes the rest of the documents."""
-        done, started, saved = self.done, time.perf_counter(), time.perf_counter()
-        before = done["seconds"]
+        done, before, started = self.done, self.done["seconds"], time.perf_counter()
+        save_at = started + SAVE_SECONDS
         results = encode_files(files, str(tokenizer), self.job["val_fraction"],
                                self.job["text_key"], processes, done["batches"])
         with (Progress(total_size(files), "B", "encoding", done["read"]) as progress,
@@ -188,9 +189,10 @@ class Work:
                 now = time.perf_counter()
                 done |= {"batches": done["batches"] + 1, "read": done["read"] + read,
                          "seconds": before + now - started}
-                if now - saved > SAVE_SECONDS:
+                if now > save_at:
                     self.save()
                     saved = time.perf_counter()
+                    save_at = saved + max(SAVE_SECONDS, 20 * (saved - now))
         self.skipped.check()
         for split, writer in self.writers.items():
             if writer.documents == 0:
@@ -229,6 +231,8 @@ def prepare(inputs, tokenizer, out, vocab_size=None, val_fraction=0.005,
     processes = processes or len(os.sched_getaffinity(0))
     job = {"tokenizer": sha256(tokenizer), "val_fraction": val_fraction, "text_key": text_key,
            "shard_tokens": shard_tokens, "strict": strict, "shuffle_seed": shuffle_seed,
+           "buckets": (MAX_BUCKETS if STDIN in files else
+                       min(1 + total_size(files) // BUCKET_BYTES, MAX_BUCKETS)),
            "files": [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns]
                      for file in files]}
     with write_directory(out, PROGRESS) as partial:

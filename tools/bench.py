@@ -59,8 +59,9 @@ from convert_to_hf import hf_config, hf_tensors
 from data import TokenDataset
 from model import Llama, load_model, num_parameters
 from nanoxla import checkpoint, hf_directory
+from nanoxla.encode import SPLITS, encode_files
 from nanoxla.files import fsync
-from nanoxla.prepare import SPLITS, ShardWriter, encode_files
+from nanoxla.prepare import ShardWriter
 from nanoxla.processes import call_in_new_process
 from nanoxla.saver import Saver, restore
 from nanoxla.shards import TOKEN_DTYPE, find_shards
@@ -230,7 +231,9 @@ def bench_prepare(directory, runs):
 
     def prepare():
         writers = {split: ShardWriter(directory, split, 1 << 30) for split in SPLITS}
-        encode_files([source], str(tokenizer), writers, 0.005, "text", cores)
+        for encoded, _, _ in encode_files([source], str(tokenizer), 0.005, "text", cores):
+            for split in SPLITS:
+                writers[split].add(encoded[split])
         assert sum(writer.close()["tokens"] for writer in writers.values()) == tokens
         for split in SPLITS:
             (directory / f"{split}_00000.bin").unlink()
