@@ -50,9 +50,9 @@ def find_inputs(inputs):
         if name == "-":
             files.append(STDIN)
         elif path.is_dir():
-            found = sorted(files_below(path))
-            files += [file for file in found if suffix_of(file)[0]]
-            passed_over += [file for file in found if not suffix_of(file)[0]]
+            for file in sorted(files_below(path)):
+                is_input = suffix_of(file)[0] and file.name not in NOT_DOCUMENTS
+                (files if is_input else passed_over).append(file)
         elif not path.exists():
             raise UserError(f"--input {path} does not exist")
         elif not suffix_of(path)[0]:
@@ -62,8 +62,10 @@ def find_inputs(inputs):
         else:
             files.append(path)
     if passed_over:
-        others = " ".join(sorted({file.suffix or file.name for file in passed_over})[:20])
-        note(f"note: {len(passed_over):,} files with other suffixes were passed over: {others}")
+        kinds = {file.name if suffix_of(file)[0] else file.suffix or "no suffix"
+                 for file in passed_over}
+        note(f"note: {len(passed_over):,} other files were passed over: "
+             f"{', '.join(sorted(kinds)[:20])}")
     if not files:
         raise UserError(f"no {KNOWN} file in {' '.join(map(str, inputs))}")
     return files
@@ -81,7 +83,7 @@ def files_below(directory):
             seen.add(real)
             below = [os.path.join(folder, name) for name in sorted(folders)]
             pending += filter(os.path.islink, below)
-            yield from (Path(folder, name) for name in names if name not in NOT_DOCUMENTS)
+            yield from (Path(folder, name) for name in names)
 
 
 def total_size(files):

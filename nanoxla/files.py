@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from nanoxla.errors import UserError
@@ -83,7 +84,10 @@ def write_directory(directory, progress=None):
             partial.rename(final)
             fsync(final.parent)
         except BaseException:
-            if not (progress and (partial / progress).exists()):
+            if progress and (partial / progress).exists():
+                print(f"{partial} keeps what is done: the same command goes on from there",
+                      file=sys.stderr)
+            else:
                 shutil.rmtree(partial, ignore_errors=True)  # on a full disk, make room again
             raise
     finally:

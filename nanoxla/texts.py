@@ -51,7 +51,7 @@ def document_text(document, text_key):
         raise BadDocument("not JSON", f"{place} is not a JSON object with valid text: "
                           f"{error}") from None
     except (KeyError, TypeError, AttributeError):
-        keys = ", ".join(strings_in(value)) if isinstance(value, dict) else ""
+        keys = ", ".join(strings_in(value)[:20]) if isinstance(value, dict) else ""
         found = f"; see --text-key. It has strings at: {keys}" if keys else "; see --text-key"
         raise BadDocument("no text", f"{place}: expected a JSON object whose {text_key!r} is a "
                           f"string{found}") from None
@@ -71,13 +71,11 @@ def look_up(value, key, *default):
         return default[0]
 
 
-def strings_in(value, before=""):
-    """Yields the keys of the strings in a dict, those of nested dicts as "a.b"."""
-    for key, inner in value.items():
-        if isinstance(inner, str):
-            yield before + key
-        elif isinstance(inner, dict):
-            yield from strings_in(inner, f"{before}{key}.")
+def strings_in(value):
+    """The keys of the strings in a dict, and in the dicts in it, these as "a.b"."""
+    nested = {f"{key}.{inner}": text for key, part in value.items() if isinstance(part, dict)
+              for inner, text in part.items()}
+    return [key for key, text in (value | nested).items() if isinstance(text, str)]
 
 
 def read_texts(batch, text_key):

@@ -113,7 +113,7 @@ def test_a_directory_is_read_through_links_and_each_file_once(tmp_path, capsys):
     assert [str(path.relative_to(tmp_path)) for path in found] == [
         "in/a_link/c.txt", "in/b.txt", "in/sub/a.txt"]
     assert capsys.readouterr().err == (
-        "note: 3 files with other suffixes were passed over: .PDF .pdf .xml\n")
+        "note: 4 other files were passed over: .PDF, .pdf, .xml, dataset_info.json\n")
 
 
 @pytest.mark.parametrize("name, mend", [
@@ -316,6 +316,19 @@ def test_after_a_kill_the_same_command_goes_on(corpus, tmp_path, call, many_buck
     assert f"going on from {partial}: " in err
     assert checksums(out) == uninterrupted[options]
     assert_complete(out)
+
+
+def test_after_a_failure_the_work_so_far_stays(corpus, tmp_path, call, mistake, monkeypatch):
+    monkeypatch.setattr("nanoxla.prepare.SAVE_SECONDS", 0)
+    (tmp_path / "a.jsonl").write_text((corpus / "docs.jsonl").read_text() + "{\n" * 100)
+    arguments = [*command(tmp_path, tmp_path / "out", source="a.jsonl"),
+                 "--tokenizer", corpus / "tok.model"]
+    _, err = mistake(data.main, *arguments)
+    assert "out.partial keeps what is done: the same command goes on" in err
+    assert err.splitlines()[-1].startswith("error: 100 of 4,100 documents cannot be read")
+    _, err = call(data.main, *arguments, "--max-bad", "0.1")
+    assert "going on from" in err and read_meta(tmp_path / "out")["skipped"] == {"not JSON": 100}
+    assert len(decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")) == 4_000
 
 
 def test_another_job_begins_anew(corpus, tmp_path, call, many_buckets, uninterrupted):

@@ -15,7 +15,8 @@ loader   The time to read a batch of 32 windows of 1,024 tokens from 10 billion 
          takes as long as for real files in the page cache.
 prepare  Tokens/s of `data.py prepare` (reading, encoding, writing). Compared with SentencePiece's
          own batch encoding of the same documents, from memory, with as many threads. The text is
-         the demo's corpus, eight times.
+         the demo's corpus, eight times. Repetition helps prepare, which remembers words: with the
+         corpus once, its ratio is about half.
 save     How long training waits for a checkpoint of config/fwedu_124m.py (1.6 GB). Compared with
          copying the same files (cp and fsync). The device is the CPU, so the copy from the device
          is a copy in memory. The notes say when the checkpoint is on the disk.
