@@ -32,7 +32,7 @@ import sys
 
 import numpy as np
 
-from nanoxla.documents import SUFFIXES
+from nanoxla.documents import KNOWN
 from nanoxla.errors import UserError, run_command
 from nanoxla.inspect_shards import inspect
 from nanoxla.prepare import prepare
@@ -237,8 +237,8 @@ def main():
     sub = commands.add_parser("prepare", help="text -> shards", description=prepare.__doc__,
                               formatter_class=argparse.RawDescriptionHelpFormatter)
     sub.add_argument("--input", nargs="+", required=True, metavar="PATH", dest="inputs",
-                     help=f"{' '.join(SUFFIXES)} files, or directories of them; "
-                          "a .txt file is one document")
+                     help=f"files with {KNOWN}, or directories of them; a .txt or .md file is one "
+                          "document; - is standard input")
     sub.add_argument("--tokenizer", required=True,
                      help="SentencePiece model; trained if it does not exist")
     sub.add_argument("--out", required=True, help="directory to create")
@@ -248,7 +248,14 @@ def main():
     sub.add_argument("--shard-tokens", type=int, default=100_000_000,
                      help="tokens per shard (%(default)s)")
     sub.add_argument("--text-key", default="text",
-                     help="JSON key or parquet column of the text (%(default)s)")
+                     help="JSON key or column of the text; a.b is b in an object a (%(default)s)")
+    sub.add_argument("--max-bad", type=float, default=0.01,
+                     help="share of the documents that may be skipped because they cannot be read "
+                          "(%(default)s)")
+    sub.add_argument("--strict", action="store_true",
+                     help="end at the first document that cannot be read")
+    sub.add_argument("--shuffle-seed", type=int, metavar="N",
+                     help="put the documents into a random order (default: that of the files)")
     sub.add_argument("--processes", type=int,
                      help="number of processes that encode (default: one per core)")
 

@@ -1,114 +1,266 @@
-"""Reading documents from .txt files (one document each), .jsonl, .jsonl.gz and .parquet files.
+"""Reading documents from text files, JSON files, tables and standard input.
 
-One process reads raw documents from the files. Decoding and parsing them (document_text) is more
+One process reads raw documents from the files. Decoding and parsing them (nanoxla/texts.py) is more
 work, and can be shared between processes.
 """
+import contextlib
+import csv
 import gzip
-import hashlib
+import io
 import json
+import os
 import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 from nanoxla.errors import UserError
+from nanoxla.progress import note
+from nanoxla.texts import MAX_DOCUMENT_BYTES, RawDocument, look_up
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-MAX_DOCUMENT_BYTES = 256 << 20  # a document is encoded in one piece
+COMPRESSIBLE = ".txt", ".md", ".jsonl", ".json", ".csv", ".tsv"
+SUFFIXES = (*COMPRESSIBLE, *(suffix + end for suffix in COMPRESSIBLE for end in (".gz", ".zst")),
+            ".parquet", ".arrow")
+KNOWN = f"{' '.join(COMPRESSIBLE)} (all these also with .gz or .zst) .parquet .arrow"
+MENDS = {".pdf": "extract its text first (pdftotext)", ".zip": "unpack it first (unzip)",
+         ".gz": "unpack it first (tar xzf, gunzip)", ".tgz": "unpack it first (tar xzf)",
+         ".tar": "unpack it first (tar xf)", ".bz2": "unpack it first (bunzip2)",
+         ".xz": "unpack it first (unxz)", ".zst": "unpack it first (unzstd)",
+         ".7z": "unpack it first (7z x)"}
+NOT_DOCUMENTS = {"dataset_info.json", "dataset_dict.json", "state.json"}  # beside HF's .arrow files
+STDIN = Path("/dev/stdin")  # --input -
 BATCH_BYTES = 1 << 20  # size of the documents sent to a process at a time
 
 
-class RawDocument(NamedTuple):
-    """A document before it is decoded and parsed."""
-    place: str  # for error messages: the file, with the line or row
-    kind: str  # "text" or "json"
-    content: bytes
+def suffix_of(path):
+    """The known suffix of a path in lower case, as (".jsonl", ".gz"), or ("", ""). The second part
+    is empty without compression."""
+    name = path.name.lower()
+    if not name.endswith(SUFFIXES):
+        return "", ""
+    stem, last = os.path.splitext(name)
+    return (os.path.splitext(stem)[1], last) if last in (".gz", ".zst") else (last, "")
 
 
 def find_inputs(inputs):
     """The files in the list `inputs`. A directory stands for all files below it that have a known
-    suffix, sorted. Raises UserError for a path that does not exist or has an unknown suffix."""
-    files = []
-    for path in map(Path, inputs):
-        if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
+    suffix, sorted; "-" for standard input. Raises UserError for a path that does not exist or has
+    an unknown suffix."""
+    files, passed_over = [], []
+    for name in inputs:
+        path = Path(name)
+        if name == "-":
+            files.append(STDIN)
+        elif path.is_dir():
+            for file in sorted(files_below(path)):
+                is_input = suffix_of(file)[0] and file.name not in NOT_DOCUMENTS
+                (files if is_input else passed_over).append(file)
         elif not path.exists():
             raise UserError(f"--input {path} does not exist")
-        elif not path.name.endswith(SUFFIXES):
-            raise UserError(f"--input {path}: expected one of {' '.join(SUFFIXES)} "
-                            "or a directory of them")
+        elif not suffix_of(path)[0]:
+            mend = MENDS.get(path.suffix.lower(), "put its text into a .txt or .jsonl file")
+            raise UserError(f"--input {path}: expected one of {KNOWN}, or a directory of them; "
+                            f"{mend}")
         else:
             files.append(path)
+    if passed_over:
+        kinds = {file.name if suffix_of(file)[0] else file.suffix or "no suffix"
+                 for file in passed_over}
+        note(f"note: {len(passed_over):,} other files were passed over: "
+             f"{', '.join(sorted(kinds)[:20])}")
     if not files:
-        raise UserError(f"no {' '.join(SUFFIXES)} file in {' '.join(map(str, inputs))}")
+        raise UserError(f"no {KNOWN} file in {' '.join(map(str, inputs))}")
     return files
 
 
+def files_below(directory):
+    """Yields the files below a directory, each once, and those below symbolic links to
+    directories."""
+    pending, seen = [directory], set()
+    for start in pending:  # it grows: links come last, so that a file is found under its own name
+        for folder, folders, names in os.walk(start):
+            if (real := os.path.realpath(folder)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            below = [os.path.join(folder, name) for name in sorted(folders)]
+            pending += filter(os.path.islink, below)
+            yield from (Path(folder, name) for name in names)
+
+
 def total_size(files):
-    """The size of all files together, in bytes."""
+    """The size of all files together, in bytes. That of a pipe is 0."""
     return sum(file.stat().st_size for file in files)
+
+
+# --- the formats --------------------------------------------------------------------------------
 
 
 def read_documents(path, text_key):
     """Yields (RawDocument, position) for each document of a file. position, for the progress bar,
     is the number of bytes of the file that have been read so far; None if that is the total length
     of the contents so far, as in a plain .jsonl file."""
-    if path.suffix == ".txt":
-        size = path.stat().st_size
-        if size > MAX_DOCUMENT_BYTES:
-            raise UserError(f"{path} is {size / 2**20:,.0f} MB; a .txt file is one document and "
-                            f"may have {MAX_DOCUMENT_BYTES >> 20} MB. Split it, or put one "
-                            "document per line into a .jsonl file")
-        content = path.read_bytes()
-        yield RawDocument(str(path), "text", content), len(content)
-    elif path.suffix == ".parquet":
-        yield from read_parquet(path, text_key)
+    suffix, compression = suffix_of(path)
+    if suffix in (".parquet", ".arrow"):
+        yield from read_columns(path, suffix, text_key)
+        return
+    with open(0, "rb", closefd=False) if path == STDIN else path.open("rb") as stored:
+        with decompressed(path, stored, compression) as file:
+            if suffix in (".txt", ".md"):
+                documents = read_text(path, file)
+            elif suffix in (".csv", ".tsv"):
+                documents = read_rows(path, file, text_key, "," if suffix == ".csv" else "\t")
+            else:
+                documents = read_lines(path, file, suffix)
+            counted = compression or suffix in (".csv", ".tsv")
+            for document in documents:
+                yield document, stored.tell() if counted else None
+
+
+@contextlib.contextmanager
+def decompressed(path, stored, compression):
+    """The contents of the open file `stored`, as a file. Raises UserError if half is missing."""
+    try:
+        if compression == ".gz":
+            yield io.BufferedReader(gzip.GzipFile(fileobj=stored), 1 << 20)
+        elif compression == ".zst":
+            pyarrow = import_pyarrow(path)
+            yield io.BufferedReader(pyarrow.CompressedInputStream(stored, "zstd"), 1 << 20)
+        else:
+            yield stored
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} is not a complete gzip file: {error}") from None
+    except OSError as error:
+        if error.errno is not None or compression != ".zst":
+            raise
+        raise UserError(f"{path} is not a complete zstd file: {error}") from None
+
+
+def read_text(path, file):
+    """The whole file is one document."""
+    content = file.read(MAX_DOCUMENT_BYTES + 1)
+    if len(content) > MAX_DOCUMENT_BYTES:
+        yield RawDocument(str(path), "too large", b"")
     else:
-        yield from read_lines(path)
+        yield RawDocument(str(path), "text", content)
 
 
-def read_lines(path):
-    """read_documents for .jsonl and .jsonl.gz: each line is a document."""
-    with path.open("rb") as file:
-        lines = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-        try:
-            for number, line in enumerate(lines, start=1):
-                position = file.tell() if path.suffix == ".gz" else None
-                yield RawDocument(f"{path}:{number}", "json", line), position
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{path} is not a complete gzip file: {error}") from None
+def read_lines(path, file, suffix):
+    """Each line is a document. A .json file may also be one array of objects. The lines of standard
+    input are text, unless the first begins with a brace."""
+    number, kind = 0, "json" if suffix == ".jsonl" else None
+    while line := file.readline(MAX_DOCUMENT_BYTES + 1):
+        number += 1
+        if kind is None and (first := line.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]):
+            if first == b"[" and suffix == ".json":
+                yield from read_array(path, line + file.read(MAX_DOCUMENT_BYTES + 1))
+                return
+            kind = "json" if suffix == ".json" or first == b"{" else "text"
+        if len(line) > MAX_DOCUMENT_BYTES:
+            yield RawDocument(f"{path}:{number}", "too large", b"")
+            while line and not line.endswith(b"\n"):
+                line = file.readline(BATCH_BYTES)
+        else:
+            yield RawDocument(f"{path}:{number}", kind or "text",
+                              line.rstrip(b"\r\n") if kind == "text" else line)
 
 
-def read_parquet(path, text_key):
-    """read_documents for .parquet: each row is a document. A null is an empty one."""
+def read_array(path, content):
+    """Each element of a JSON array is a document. The array is parsed as a whole."""
+    if len(content) > MAX_DOCUMENT_BYTES:
+        raise UserError(f"{path} is one JSON array and larger than {MAX_DOCUMENT_BYTES >> 20} MB; "
+                        f"make lines of it: jq -c '.[]' {path} > {path.stem}.jsonl")
+    try:
+        elements = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a JSON array: {error}") from None
+    for number, element in enumerate(elements, start=1):
+        yield RawDocument(f"{path}: element {number}", "json", json.dumps(element).encode())
+
+
+def text_or_null(place, text):
+    """The RawDocument of a cell of a table."""
+    if text is None:
+        return RawDocument(place, "null", b"")
+    return RawDocument(place, "text", text.encode("utf-8", "surrogateescape"))
+
+
+def read_rows(path, file, text_key, delimiter):
+    """Each row of a .csv or .tsv file after the first, which names the columns, is a document."""
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    # Bytes that are not UTF-8 pass through, for texts.py to find.
+    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.DictReader(text, delimiter=delimiter)
+    try:
+        if text_key not in (rows.fieldnames or []):
+            raise UserError(f"{path} has no column {text_key!r}; see --text-key. Its columns: "
+                            f"{', '.join(rows.fieldnames or [])}")
+        for row in rows:
+            yield text_or_null(f"{path}:{rows.line_num}", row[text_key])
+    except csv.Error as error:
+        raise UserError(f"{path}:{rows.line_num} is not a row of a table: {error}") from None
+
+
+def import_pyarrow(path):
     try:
         import pyarrow
+        import pyarrow.ipc
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: reading .parquet needs pyarrow (pip install pyarrow)") from None
+        raise UserError(f"{path}: reading {path.suffix} needs pyarrow (pip install "
+                        "pyarrow)") from None
+    return pyarrow
+
+
+def read_columns(path, suffix, text_key):
+    """read_documents for .parquet and .arrow (a stream, as of Hugging Face datasets, or a file):
+    each row is a document."""
+    pyarrow = import_pyarrow(path)
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        columns = {field.name: field.type for field in file.schema_arrow}
-        if columns.get(text_key) not in (pyarrow.string(), pyarrow.large_string()):
-            names = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
-            raise UserError(f"{path} has no column {text_key!r} of strings; see --text-key. "
-                            f"Its columns: {names}")
-        size, row = path.stat().st_size, 0
-        for batch in file.iter_batches(batch_size=1_000, columns=[text_key]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                document = RawDocument(f"{path}: row {row}", "text", (text or "").encode())
-                yield document, int(size * row / file.metadata.num_rows)
+        with path.open("rb") as stored:
+            if suffix == ".parquet":
+                file = pyarrow.parquet.ParquetFile(path)
+                column = find_column(pyarrow, path, file.schema_arrow, text_key)
+                tables = file.iter_batches(batch_size=1_000, columns=[column])
+            elif stored.read(6) == b"ARROW1":
+                file = pyarrow.ipc.open_file(path)
+                tables = map(file.get_batch, range(file.num_record_batches))
+            else:
+                stored.seek(0)
+                tables = file = pyarrow.ipc.open_stream(stored)
+            if suffix == ".arrow":
+                column = find_column(pyarrow, path, file.schema, text_key)
+            size, row = path.stat().st_size, 0
+            for table in tables:
+                for value in table.column(column).to_pylist():
+                    row += 1
+                    text = look_up({column: value}, text_key, None)
+                    position = (int(size * row / file.metadata.num_rows)
+                                if suffix == ".parquet" else stored.tell())
+                    yield text_or_null(f"{path}: row {row}", text), position
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:  # the disk failed; the format may be right
             raise
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a readable parquet file: {reason}") from None
+        raise UserError(f"{path} is not a readable {suffix[1:]} file: {reason}") from None
 
 
-def batches(files, text_key, progress):
-    """Yields the documents of all files in lists of about BATCH_BYTES. Advances `progress` by the
-    bytes read from the files."""
-    batch, size = [], 0
+def find_column(pyarrow, path, schema, text_key):
+    """The column that holds text_key: that of this name, or the struct that a nested key begins
+    with. Raises UserError if it does not hold strings."""
+    def nested(kind):
+        return ({field.name: nested(field.type) for field in kind}
+                if pyarrow.types.is_struct(kind) else kind)
+    columns = {field.name: nested(field.type) for field in schema}
+    if look_up(columns, text_key, None) not in (pyarrow.string(), pyarrow.large_string()):
+        names = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise UserError(f"{path} has no column {text_key!r} of strings; see --text-key. "
+                        f"Its columns: {names}")
+    return text_key if text_key in columns else text_key.split(".")[0]
+
+
+def batches(files, text_key):
+    """Yields the documents of all files in lists of about BATCH_BYTES, each as (list, bytes read
+    from the files for it)."""
+    batch, size, read = [], 0, 0
     for path in files:
         before = 0
         for document, position in read_documents(path, text_key):
@@ -116,43 +268,10 @@ def batches(files, text_key, progress):
             size += len(document.content)
             if position is None:
                 position = before + len(document.content)
-            progress.update(position - before)
+            read += position - before
             before = position
             if size >= BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
+                yield batch, read
+                batch, size, read = [], 0, 0
     if batch:
-        yield batch
-
-
-def document_text(document, text_key):
-    """The text of a RawDocument: all of it, or the value of text_key in its JSON object. Raises
-    UserError if it is not UTF-8, not JSON, or has no such text."""
-    place, kind, content = document
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place} is not UTF-8: byte 0x{content[error.start]:02x} at offset "
-                        f"{error.start:,}") from None
-    if kind == "text" or not text.strip():
-        return text
-    try:
-        value = json.loads(text)[text_key]
-        value.encode()  # JSON allows half of a surrogate pair, which is not text
-        return value
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not a JSON object with valid text: {error}") from None
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{place}: expected a JSON object whose {text_key!r} is a string; "
-                        "see --text-key") from None
-
-
-def hash_fraction(text, salt):
-    """A number in [0, 1) that depends only on the text and the salt, so that equal documents go to
-    the same split."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, salt=salt).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
-def in_validation_split(text, val_fraction):
-    return hash_fraction(text, b"split") < val_fraction
+        yield batch, read

@@ -6,9 +6,11 @@ disk may store the new name before the content, and after a power failure the na
 file that is empty or half written.
 """
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from nanoxla.errors import UserError
@@ -45,25 +47,51 @@ def check_unused(directory, option):
                         "name a new one, or delete it first")
 
 
+def empty(directory):
+    """Deletes everything in a directory."""
+    for path in directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @contextlib.contextmanager
-def write_directory(directory):
+def write_directory(directory, progress=None):
     """Creates `directory` atomically: yields DIRECTORY.partial to write files into, and renames it
-    when all of them are on the disk. An exception deletes DIRECTORY.partial. `directory` may exist
-    if it is empty."""
+    when all of them are on the disk. `directory` may exist if it is empty. Raises UserError if
+    another process is writing it.
+
+    An exception deletes DIRECTORY.partial, unless it contains a file named `progress`. What a
+    killed process left there is deleted, with the same exception: then this call has to go on from
+    it. That file is deleted in the end."""
     final = Path(directory).resolve()  # "." has no name, and a symbolic link cannot be replaced
     partial = final.with_name(f"{final.name}.partial")
-    if partial.exists():  # left by a process that was killed
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
     try:
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            fsync(path)
-        partial.rename(final)
-        fsync(final.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # on a full disk, make room again
-        raise
+        with contextlib.suppress(OSError):  # some network disks know no locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is writing {partial}; wait for its end, or stop "
+                                "it") from None
+        if not (progress and (partial / progress).exists()):
+            empty(partial)
+        try:
+            yield partial
+            for path in [*partial.rglob("*"), partial]:
+                fsync(path)
+            if progress:
+                (partial / progress).unlink(missing_ok=True)
+            partial.rename(final)
+            fsync(final.parent)
+        except BaseException:
+            if progress and (partial / progress).exists():
+                print(f"{partial} keeps what is done: the same command goes on from there",
+                      file=sys.stderr)
+            else:
+                shutil.rmtree(partial, ignore_errors=True)  # on a full disk, make room again
+            raise
+    finally:
+        os.close(lock)
 
 
 def sha256(path):

@@ -1,22 +1,16 @@
 """SentencePiece tokenizers: loading one, and training one on the training split."""
 import io
-import itertools
 import os
 from pathlib import Path
 
 import sentencepiece
 
-from nanoxla.documents import (
-    batches,
-    document_text,
-    hash_fraction,
-    in_validation_split,
-    total_size,
-)
+from nanoxla.documents import batches, total_size
 from nanoxla.errors import UserError
 from nanoxla.files import write_file
 from nanoxla.progress import Progress
 from nanoxla.shards import MAX_VOCAB_SIZE
+from nanoxla.texts import Skipped, hash_fraction, in_validation_split, read_texts
 
 SAMPLE_BYTES = 100 << 20  # train on about this much of the files (compressed, if they are)
 
@@ -43,25 +37,30 @@ def load_tokenizer(path, vocab_size=None):
     return processor
 
 
-def train_tokenizer(path, files, vocab_size, val_fraction, text_key):
+def train_tokenizer(path, files, vocab_size, val_fraction, text_key, skipped=None):
     """Trains a SentencePiece BPE model on a sample of the training split, and writes it to `path`.
 
     The options are Llama's: no normalisation, byte fallback for unknown characters, numbers split
     into digits. So decode(encode(text)) == text, except for U+2581, SentencePiece's sign for a
-    space.
+    space. skipped: a Skipped, which decides about documents that cannot be read; by default any
+    ends it.
     """
+    skipped = skipped or Skipped(max_bad=0, strict=True)
     share = SAMPLE_BYTES / max(1, total_size(files))
     raised = []
 
     def lines():
         try:
             with Progress(total_size(files), "B", "reading for the tokenizer") as progress:
-                documents = itertools.chain.from_iterable(batches(files, text_key, progress))
-                for document in documents:
-                    text = document_text(document, text_key)
-                    if (not in_validation_split(text, val_fraction)
-                            and hash_fraction(text, b"tokenizer") < share):
-                        yield from filter(None, text.splitlines())
+                for batch, read in batches(files, text_key):
+                    progress.update(read)
+                    texts, faults = read_texts(batch, text_key)
+                    skipped.add(len(texts), faults)
+                    for text in texts:
+                        if (not in_validation_split(text, val_fraction)
+                                and hash_fraction(text, b"tokenizer") < share):
+                            yield from filter(None, text.splitlines())
+            skipped.check()
         except BaseException as error:  # SentencePiece turns any exception into a RuntimeError
             raised.append(error)
             raise

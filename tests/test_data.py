@@ -22,6 +22,7 @@ from conftest import run, start
 import data
 from data import ROUNDS, TokenDataset, permute, window_starts
 from nanoxla import shards as shards_module
+from nanoxla.documents import KNOWN
 from nanoxla.errors import UserError
 from nanoxla.prepare import ShardWriter
 from nanoxla.shards import check_token_ids
@@ -249,7 +250,7 @@ def corpus(tmp_path_factory):
              for i, text in enumerate([*DOCUMENTS, blank])]
     (path / "docs.jsonl").write_text("".join(lines) + "\n")
     (path / "docs.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), 1))
-    (path / "docs.parquet").write_bytes(parquet(body=[*DOCUMENTS, blank, None]))
+    (path / "docs.parquet").write_bytes(parquet(body=[*DOCUMENTS, blank]))
     (path / "twice.jsonl").write_text("".join(lines[::-1] * 2))
     (path / "big.jsonl").write_text("".join(lines * 12))  # takes seconds: time to interrupt it
     out = prepare(path, "texts", path / "out", "--vocab-size", 400)
@@ -420,12 +421,11 @@ def damaged(content):
 NOISE = random.Random(0).randbytes(3_000).hex()
 LINE = json.dumps({"text": NOISE}).encode() + b"\n"
 TRAIN = " --tokenizer DIR/new.model --vocab-size"
-ALL_SUFFIXES = ".txt .jsonl .jsonl.gz .parquet"
 MISTAKES = {  # name: (file in DIR, its content, options, part of the message)
     "missing input": ("a.txt", b"x", "--input DIR/b.txt", "--input DIR/b.txt does not exist"),
     "unknown suffix": ("a.doc", b"x", "--input DIR/a.doc",
-                       f"DIR/a.doc: expected one of {ALL_SUFFIXES}"),
-    "no text files": ("sub/a.md", b"x", "--input DIR/sub", f"no {ALL_SUFFIXES} file in DIR/sub"),
+                       f"DIR/a.doc: expected one of {KNOWN}"),
+    "no text files": ("sub/a.xml", b"x", "--input DIR/sub", f"no {KNOWN} file in DIR/sub"),
     "not UTF-8": ("a.txt", b"abc\xff", "--input DIR/a.txt",
                   "DIR/a.txt is not UTF-8: byte 0xff at offset 3"),
     "not JSON": ("a.jsonl", LINE + b"{\n", "--input DIR/a.jsonl",
