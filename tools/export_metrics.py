@@ -1,0 +1,108 @@
+"""Write the metrics of a run for TensorBoard or Weights & Biases.
+
+    python tools/export_metrics.py out/demo --to tensorboard     # -> out/demo/tensorboard
+    tensorboard --logdir out/demo/tensorboard
+    python tools/export_metrics.py out/demo --to wandb --follow  # beside the run, to its end
+
+The names are those of metrics.jsonl. Needs `pip install tensorboard`, or `pip install wandb`, which
+takes its settings from the environment (WANDB_PROJECT, WANDB_MODE=offline, ...).
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from nanoxla.checkpoint import list_checkpoints, read_state
+from nanoxla.errors import UserError, run_command
+from nanoxla.files import check_unused
+from nanoxla.lock import holder
+
+POLL = 5  # seconds between two looks for new rows
+
+
+def new_rows(path, exported):
+    """Yields the rows of metrics.jsonl that are newer than those exported so far, and notes them in
+    exported, {whether it is an evaluation row: its last step}. A resumed run may have written a
+    step anew: it has the same numbers, and is not yielded again."""
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            kind, step = "val_loss" in row, row["step"]
+        except (ValueError, TypeError, KeyError):  # damaged, or just being written
+            continue
+        if step > exported.get(kind, 0):
+            exported[kind] = step
+            yield row
+
+
+def numbers(row):
+    """{column: value} of a row, without its step and without what is not a number."""
+    return {column: value for column, value in row.items()
+            if column != "step" and isinstance(value, int | float)}
+
+
+def tensorboard_writer(run, config):
+    """Returns functions write(row) and close()."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("TensorBoard's files need its package: pip install tensorboard") from None
+    out = Path(run, "tensorboard")
+    check_unused(out, "the output")
+    writer = SummaryWriter(out)
+    writer.add_text("config", "\n".join(f"    {key} = {config[key]!r}" for key in config))
+
+    def write(row):
+        for column, value in numbers(row).items():
+            writer.add_scalar(column, value, row["step"])
+        writer.flush()
+    print(f"tensorboard --logdir {out}", flush=True)
+    return write, writer.close
+
+
+def wandb_writer(run, config):
+    """Returns functions write(row) and close()."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("Weights & Biases needs its package: pip install wandb") from None
+    session = wandb.init(name=Path(run).name, config=config)
+
+    def write(row):
+        session.log(numbers(row) | {"step": row["step"]})  # rows of both kinds may have one step
+    session.define_metric("*", step_metric="step")
+    return write, session.finish
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write metrics for TensorBoard or W&B.")
+    add = parser.add_argument
+    add("run", help="out_dir of a run")
+    add("--to", required=True, choices=["tensorboard", "wandb"])
+    add("--follow", action="store_true", help="go on until the run ends")
+    arguments = parser.parse_args()
+    run, path = arguments.run, Path(arguments.run, "metrics.jsonl")
+    if not path.is_file():
+        raise UserError(f"{run} has no metrics.jsonl; expected the out_dir of a run")
+    checkpoints = list_checkpoints(run)
+    config = read_state(checkpoints[-1])["config"] if checkpoints else {}
+    writers = {"tensorboard": tensorboard_writer, "wandb": wandb_writer}
+    write, close = writers[arguments.to](run, config)
+    exported, count = {}, 0
+    while True:
+        ended = not holder(run)  # before the last rows are read
+        for row in new_rows(path, exported):
+            write(row)
+            count += 1
+        if not arguments.follow or ended:
+            break
+        time.sleep(POLL)
+    close()
+    print(f"{count} rows of {run} written for {arguments.to}")
+
+
+if __name__ == "__main__":
+    run_command(main)
