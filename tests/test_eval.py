@@ -1,6 +1,7 @@
 """EleutherAI's lm-evaluation-harness reads the converted demo model. The log-likelihoods that it
 reports are those that model.py computes. Needs the eval extra: `make test-eval`."""
 import json
+import math
 from importlib.util import find_spec
 
 import pytest
@@ -111,3 +112,33 @@ def test_the_harness_reports_our_log_likelihood_of_a_text(demo, model, processor
     for sample, text in zip(samples, TEXTS):
         ours = log_likelihood(model, [1, *processor.encode(text)], 1)
         assert float(sample["resps"][0][0]) == pytest.approx(ours, abs=1e-3)
+
+
+def test_evaluate_prints_the_table_and_writes_it_into_the_model_card(demo, model, processor,
+                                                                     tmp_path):
+    """On local tasks, as without a network. wikitext_local rates whole texts."""
+    for name, rows, task in (("questions", QUESTIONS, CHOICE),
+                             ("wikitext_local", [{"text": text} for text in TEXTS],
+                              ROLLING.replace("byte_perplexity", "word_perplexity"))):
+        (tmp_path / f"{name}.yaml").write_text(
+            TASK.format(name=name, directory=tmp_path) + task)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    env = {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    command = ("tools/evaluate.py", demo, "--include_path", tmp_path, "--batch_size", 1)
+    for _ in range(2):  # the second time, the rows in the card are replaced
+        code, out, err = run(*command, "--tasks", "questions,wikitext_local", env=env)
+        assert code == 0, err
+    figures = {(row["task"], row["metric"]): row["value"]
+               for row in json.loads((demo / "hf/evaluation.json").read_text())}
+    ours = sum(log_likelihood(model, [1, *processor.encode(text)], 1) for text in TEXTS)
+    words = sum(len(text.split()) for text in TEXTS)
+    perplexity = math.exp(-ours / words)
+    assert figures["wikitext_local", "word_perplexity"] == pytest.approx(perplexity, rel=1e-3)
+    card = (demo / "hf/README.md").read_text()
+    row = f"| evaluated | wikitext_local, 0-shot, 2 items: word_perplexity {perplexity:.2f} |"
+    assert card.count(row) == 1 and card.count("| evaluated |") == len(figures)
+    assert f"{perplexity:.2f}" in out and "questions    acc" in out
+    assert len(out.splitlines()) < 20  # the harness's own output is not in the way
+
+    code, _, err = run(*command, "--tasks", "hellaswag", env=env)
+    assert code == 2 and "the harness failed on hellaswag" in err
