@@ -13,10 +13,10 @@ host     The time of Python for a step of config/fwedu_124m.py (host_time.py).
 loader   The time to read a batch of 32 windows of 1,024 tokens from 10 billion tokens, and the
          memory that hundreds of batches use. The shards are sparse files: opening and reading them
          takes as long as for real files in the page cache.
-prepare  Tokens/s of `data.py prepare` (reading, encoding, writing). Compared with SentencePiece's
-         own batch encoding of the same documents, from memory, with as many threads. The text is
-         the demo's corpus, eight times. Repetition helps prepare, which remembers words: with the
-         corpus once, its ratio is about half.
+prepare  Tokens/s of the command `data.py prepare` (starting, reading, encoding, writing). Compared
+         with SentencePiece's own batch encoding of the same documents, from memory, with as many
+         threads. The text is the demo's corpus, eight times. Repetition helps prepare, which
+         remembers words: with the corpus once, the ratio is lower.
 save     How long training waits for a checkpoint of config/fwedu_124m.py (1.6 GB). Compared with
          copying the same files (cp and fsync). The device is the CPU, so the copy from the device
          is a copy in memory. The notes say when the checkpoint is on the disk.
@@ -60,12 +60,11 @@ from convert_to_hf import hf_config, hf_tensors
 from data import TokenDataset
 from model import Llama, load_model, num_parameters
 from nanoxla import checkpoint, hf_directory
-from nanoxla.encode import SPLITS, encode_files
+from nanoxla.encode import SPLITS
 from nanoxla.files import fsync
-from nanoxla.prepare import ShardWriter
 from nanoxla.processes import call_in_new_process
 from nanoxla.saver import Saver, restore
-from nanoxla.shards import TOKEN_DTYPE, find_shards
+from nanoxla.shards import TOKEN_DTYPE, find_shards, read_meta
 from nanoxla.tokenizer import load_tokenizer, train_tokenizer
 from sample import Decoder, generate
 
@@ -230,14 +229,13 @@ def bench_prepare(directory, runs):
     cores = len(os.sched_getaffinity(0))
     tokens = sum(map(len, processor.encode(texts, add_bos=True, add_eos=True)))
 
-    def prepare():
-        writers = {split: ShardWriter(directory, split, 1 << 30) for split in SPLITS}
-        for encoded, _, _ in encode_files([source], str(tokenizer), 0.005, "text", cores):
-            for split in SPLITS:
-                writers[split].add(encoded[split])
-        assert sum(writer.close()["tokens"] for writer in writers.values()) == tokens
-        for split in SPLITS:
-            (directory / f"{split}_00000.bin").unlink()
+    def prepare():  # the command: a pool started from here would import torch in each process
+        shutil.rmtree(directory / "out", ignore_errors=True)
+        subprocess.run([sys.executable, ROOT / "data.py", "prepare", "--input", source,
+                        "--tokenizer", tokenizer, "--out", directory / "out",
+                        "--val-fraction", "0.1"], check=True, capture_output=True)
+        splits = read_meta(directory / "out")["splits"].values()
+        assert sum(split["tokens"] for split in splits) == tokens
 
     peer = median_seconds(lambda: processor.encode(texts, num_threads=cores), runs)
     ours = median_seconds(prepare, runs)
