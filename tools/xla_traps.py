@@ -238,7 +238,7 @@ def clip():
                     zip(*of_cores[0])))
 
 
-@trap("data.py", "if windows.max() >= self.vocab_size:")
+@trap("data.py", "if unsigned.max() >= self.vocab_size:")
 def token_id():
     """XLA clamps an id outside the vocabulary to the last row of the embedding, and trains on it.
     Plain PyTorch raises an error on a CPU. On a TPU nothing checks the ids but the host."""
