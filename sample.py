@@ -35,7 +35,7 @@ from model import KVCache, load_model
 from nanoxla import tpu
 from nanoxla.environment import mend_environment, use_one_chip
 from nanoxla.errors import UserError, first_line, run_command
-from nanoxla.init_from import read_weights
+from nanoxla.init_from import find_model, read_model
 from nanoxla.prompts import read_prompts
 from nanoxla.tokenizer import load_tokenizer
 
@@ -215,11 +215,11 @@ def stream(processor, ids, tokens):
 def load(path):
     """The model, on the CPU, and the tokenizer at `path`: a run (its newest checkpoint), a
     checkpoint or a Hugging Face directory. None means the newest run under out/."""
-    directory, values, weights = read_weights(path)
-    model = load_model(values, weights, directory)
+    directory = find_model(path)
     if not (directory / "tokenizer.model").is_file():
         raise UserError(f"{directory} has no tokenizer.model, the SentencePiece model that encodes "
                         "the prompt; a run gets it by the config key tokenizer")
+    model = load_model(*read_model(directory), directory)
     return model, load_tokenizer(directory / "tokenizer.model", model.config.vocab_size)
 
 

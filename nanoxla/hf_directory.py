@@ -43,23 +43,28 @@ def hf_name(name):
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
+def print_note(text):
+    print(f"note: {text}", file=sys.stderr)
+
+
 @torch.no_grad()
-def read(directory):
+def read(directory, say=print_note):
     """The model in a Hugging Face directory: a dict with the keys of ModelConfig, and its weights
     {name in model.py: float32 tensor}. load_model of model.py takes both.
 
     In model.py the output head has a matrix of its own, and each attention head has keys and values
     of its own. A model that shares either gets copies, which compute the same function with more
-    parameters. Raises UserError for a model that model.py cannot compute."""
+    parameters; say() is called with a sentence about each. Raises UserError for a model that
+    model.py cannot compute."""
     directory = Path(directory)
     values, n_kv_heads, tied = read_config(directory / "config.json")
     tensors = read_tensors(directory)
     if tied:
-        copy_embedding(directory, tensors)
+        copy_embedding(directory, tensors, say)
     copies = values["n_heads"] // n_kv_heads
     if copies > 1:
-        print(f"note: {directory} has {n_kv_heads} key-value heads for {values['n_heads']} heads; "
-              "here each head gets its own copy", file=sys.stderr)
+        say(f"{directory} has {n_kv_heads} key-value heads for {values['n_heads']} heads; "
+            "here each head gets its own copy")
     check_size(directory, values, copies, tensors)
     weights = {}
     for name in list(tensors):
@@ -151,14 +156,13 @@ def check_size(directory, values, copies, tensors):
                         f"and the context is limited to {MAX_CONTEXT:,}")
 
 
-def copy_embedding(directory, tensors):
+def copy_embedding(directory, tensors, say):
     """Uses the embedding as the weights of the output head too. Raises UserError if `tensors` has a
     different lm_head.weight."""
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None:
         return  # load_model reports it
-    print(f"note: {directory} has one matrix for embedding and head; here the head is a copy",
-          file=sys.stderr)
+    say(f"{directory} has one matrix for embedding and head; here the head is a copy")
     if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
         raise UserError(f"{directory}: tie_word_embeddings is true, "
                         "but lm_head.weight is not model.embed_tokens.weight")

@@ -1,6 +1,4 @@
 """init_from: a new run that starts with the weights of another model."""
-import contextlib
-import io
 import sys
 from pathlib import Path
 
@@ -12,20 +10,25 @@ from nanoxla.shards import tokenizer_path
 SHAPE = ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "rope_theta", "norm_eps")
 
 
-def read_weights(path):
-    """(directory, values, weights) of a run (its newest checkpoint), a checkpoint or a Hugging Face
-    directory; None means the newest run under out/. values and weights are the first two arguments
-    of load_model in model.py."""
+def find_model(path):
+    """The Hugging Face directory, or the checkpoint, that the user means by `path`: see
+    find_checkpoint."""
     if path is not None and hf_directory.is_hf(path):
-        return Path(path), *hf_directory.read(path)
-    directory = checkpoint.find_checkpoint(path)
-    return directory, *checkpoint.load(directory)
+        return Path(path)
+    return checkpoint.find_checkpoint(path)
+
+
+def read_model(directory):
+    """The first two arguments of load_model in model.py, of a directory that find_model found."""
+    read = hf_directory.read if hf_directory.is_hf(directory) else checkpoint.load
+    return read(directory)
 
 
 def check_init_from(config):
     """Raises UserError unless a run with this config can start with the weights of
     config.init_from. Prints what it starts with."""
-    directory, values, weights = read_weights(config.init_from)
+    directory = find_model(config.init_from)
+    values, weights = read_model(directory)
     wrong = [f"--{key}={values[key]}" for key in SHAPE if values[key] != getattr(config, key)]
     if wrong:
         raise UserError(f"init_from {directory} is a model of another shape than this config; "
@@ -49,7 +52,11 @@ def check_finite(source, weights):
 
 
 def load_initial_weights(model, config):
-    """Copies the weights of config.init_from, which check_init_from has checked, into model."""
-    with contextlib.redirect_stderr(io.StringIO()):  # check_init_from has printed the notes
-        _, _, weights = read_weights(config.init_from)
+    """Copies the weights of config.init_from into model. Every core calls it; check_init_from has
+    verified them, and printed the notes, once."""
+    directory = find_model(config.init_from)
+    if hf_directory.is_hf(directory):
+        _, weights = hf_directory.read(directory, say=lambda note: None)
+    else:
+        weights = checkpoint.load_tensors(directory, "model")
     model.load_state_dict(weights)

@@ -12,7 +12,7 @@ from data import TokenDataset
 from model import load_model
 from nanoxla import checkpoint
 from nanoxla.checkpoint import list_checkpoints
-from nanoxla.init_from import read_weights
+from nanoxla.init_from import find_model, read_model
 from nanoxla.shards import find_shards
 from nanoxla.tokenizer import train_tokenizer
 from train import Config, learning_rate, load_config
@@ -28,7 +28,8 @@ def model_bytes(directory):
 
 def first_loss(path, config):
     """The loss of these weights on the first batch of a run, computed by plain PyTorch."""
-    directory, values, weights = read_weights(path)
+    directory = find_model(path)
+    values, weights = read_model(directory)
     model = load_model(values | {"context": config.context}, weights, directory)
     dataset = TokenDataset(find_shards(config.data_dir, config.train_glob), config.context,
                            config.vocab_size)
