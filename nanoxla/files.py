@@ -47,6 +47,17 @@ def check_unused(directory, option):
                         "name a new one, or delete it first")
 
 
+def try_lock(file):
+    """Locks an open file or directory (or its descriptor) until it is closed or the process ends.
+    Returns whether it did; False if another process has locked it. Raises OSError on a disk without
+    locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
 def empty(directory):
     """Deletes everything in a directory."""
     for path in directory.iterdir():
@@ -68,11 +79,9 @@ def write_directory(directory, progress=None):
     lock = os.open(partial, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network disks know no locks
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not try_lock(lock):
                 raise UserError(f"another process is writing {partial}; wait for its end, or stop "
-                                "it") from None
+                                "it")
         if not (progress and (partial / progress).exists()):
             empty(partial)
         try:

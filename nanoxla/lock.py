@@ -3,7 +3,6 @@
 Core 0, which writes everything, holds a lock on the file out_dir/lock. The operating system
 releases the lock when the process ends, even by kill -9, so no lock has to be removed by hand.
 """
-import fcntl
 import multiprocessing
 import os
 import socket
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 from nanoxla.errors import UserError
+from nanoxla.files import try_lock
 
 PATIENCE = 5  # seconds: after a kill -9 of the main process, a worker may still be ending
 
@@ -22,7 +22,7 @@ def own(out_dir):
     path = Path(out_dir, "lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")
-    wait_until(lambda: try_lock(file), out_dir)
+    wait_until(lambda: lock_or_warn(file), out_dir)
     file.truncate(0)
     main = multiprocessing.parent_process()  # the command that the user started, or None: this one
     file.write(f"process {main.pid if main else os.getpid()} on {socket.gethostname()}, started "
@@ -50,18 +50,15 @@ def holder(out_dir):
     """The process that owns out_dir, in words, or None."""
     try:
         with Path(out_dir, "lock").open("r+") as file:
-            return None if try_lock(file) else file.read()
+            return None if lock_or_warn(file) else file.read()
     except OSError:  # there is no such file, or it may not be written
         return None
 
 
-def try_lock(file):
-    """Locks an open file, if no other process has locked it. Returns whether it did, or whether the
-    disk knows no locks, after a warning."""
+def lock_or_warn(file):
+    """try_lock, but also true, after a warning, on a disk that knows no locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return try_lock(file)
     except OSError as error:  # some network disks
         print(f"warning: {file.name} can't be locked ({error.strerror}): make sure that no other "
               "run uses this out_dir", file=sys.stderr)
