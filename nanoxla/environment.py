@@ -71,8 +71,14 @@ def check_environment():
     a note about variables that slow it down."""
     for problem in problems():
         raise UserError(problem)
-    if slow := [name for name in SLOW if os.environ.get(name, "0") not in ("", "0")]:
-        print(f"note: {', '.join(slow)} is set, which slows training down", file=sys.stderr)
+    if note := slow_note():
+        print(f"note: {note}", file=sys.stderr)
+
+
+def slow_note():
+    """A sentence about the variables that slow training down, or None if none is set."""
+    slow = [name for name in SLOW if os.environ.get(name, "0") not in ("", "0")]
+    return f"{', '.join(slow)} is set, which slows training down" if slow else None
 
 
 def problems():

@@ -84,8 +84,8 @@ def check_environment():
     problems = list(environment.problems())
     for problem in problems:
         yield "wrong", f"environment: {problem}"
-    if slow := [name for name in environment.SLOW if os.environ.get(name, "0") not in ("", "0")]:
-        yield "note", f"environment: {', '.join(slow)} is set, which slows training down"
+    if note := environment.slow_note():
+        yield "note", f"environment: {note}"
     if not problems:
         yield "ok", "environment: no variable that would end a run or change what it computes"
 
