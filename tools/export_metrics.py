@@ -8,12 +8,13 @@ The names are those of metrics.jsonl. Needs `pip install tensorboard`, or `pip i
 takes its settings from the environment (WANDB_PROJECT, WANDB_MODE=offline, ...).
 """
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from plot import metrics_path, parse_rows
 
 from nanoxla.checkpoint import list_checkpoints, read_state
 from nanoxla.errors import UserError, run_command
@@ -27,12 +28,8 @@ def new_rows(path, exported):
     """Yields the rows of metrics.jsonl that are newer than those exported so far, and notes them in
     exported, {whether it is an evaluation row: its last step}. A resumed run may have written a
     step anew: it has the same numbers, and is not yielded again."""
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-            kind, step = "val_loss" in row, row["step"]
-        except (ValueError, TypeError, KeyError):  # damaged, or just being written
-            continue
+    for row in parse_rows(path)[0]:
+        kind, step = "val_loss" in row, row["step"]
         if step > exported.get(kind, 0):
             exported[kind] = step
             yield row
@@ -84,9 +81,7 @@ def main():
     add("--to", required=True, choices=["tensorboard", "wandb"])
     add("--follow", action="store_true", help="go on until the run ends")
     arguments = parser.parse_args()
-    run, path = arguments.run, Path(arguments.run, "metrics.jsonl")
-    if not path.is_file():
-        raise UserError(f"{run} has no metrics.jsonl; expected the out_dir of a run")
+    run, path = arguments.run, metrics_path(arguments.run)
     checkpoints = list_checkpoints(run)
     config = read_state(checkpoints[-1])["config"] if checkpoints else {}
     writers = {"tensorboard": tensorboard_writer, "wandb": wandb_writer}

@@ -51,11 +51,15 @@ def is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def read_rows(run):
-    """The rows of a run's metrics.jsonl. Skips damaged lines, with a note."""
+def metrics_path(run):
     path = Path(run, "metrics.jsonl")
     if not path.is_file():
         raise UserError(f"{run} has no metrics.jsonl; expected the out_dir of a run")
+    return path
+
+
+def parse_rows(path):
+    """The rows of a metrics.jsonl, and the numbers of its damaged lines, which are left out."""
     rows, damaged, lines = [], [], path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
@@ -66,6 +70,13 @@ def read_rows(run):
         except ValueError:
             if line.endswith(b"\n"):  # else the run is just writing it
                 damaged.append(number)
+    return rows, damaged
+
+
+def read_rows(run):
+    """The rows of a run, of which at least one is of training. Prints a note on damaged lines."""
+    path = metrics_path(run)
+    rows, damaged = parse_rows(path)
     if damaged:
         print(f"note: skipped {len(damaged)} damaged lines of {path}, the first is line "
               f"{damaged[0]}", file=sys.stderr)
