@@ -73,7 +73,7 @@ def run_on_all_cores(spawn, worker, arguments, hang_minutes):
     is also a sign of life. Exits the process if a worker failed, if a core gave no sign of life for
     hang_minutes (0: never), or at a SIGINT that follows a first SIGINT or SIGTERM."""
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(1) as thread:
-        received, workers, killed_by = [], set(), None
+        received, workers, lost = [], set(), None
         for name in ("started", "running"):
             Path(directory, name).mkdir()
         watchdog = Watchdog(Path(directory), 60 * hang_minutes or math.inf)
@@ -100,9 +100,9 @@ def run_on_all_cores(spawn, worker, arguments, hang_minutes):
             workers.update(alive)
             # The process pool in xmp.spawn watches the workers that existed when it last woke up.
             # It misses the end of one that started after that, so look here.
-            ended = [process.exitcode for process in workers if process.exitcode]
-            if ended or any_lost(directory):
-                killed_by = killed_by or next((-code for code in ended if code < 0), None)
+            gone = {process for process in workers if not exists(process.pid)}
+            if any(process.exitcode for process in gone) or any_lost(directory):
+                lost = gone if lost is None else lost  # before anything is killed here
                 kill(workers)
             if hanging := watchdog.look(alive):
                 kill(workers)
@@ -118,7 +118,9 @@ def run_on_all_cores(spawn, worker, arguments, hang_minutes):
             spawned.result()
         except BrokenProcessPool:
             codes = [int(path.name) for path in Path(directory).glob("failed/*")]
-            sys.exit(codes[0] if codes else lost_worker(killed_by))
+            # None: all ended between two looks, and so nothing was killed here.
+            exit_codes = [process.exitcode or 0 for process in (workers if lost is None else lost)]
+            sys.exit(codes[0] if codes else lost_worker(min(exit_codes, default=0)))
         except RuntimeError as error:
             raise UserError(f"torch_xla can't open the TPU: {first_line(error)}. Another process "
                             "may hold it, or a chip has failed: restart the machine") from None
@@ -180,15 +182,20 @@ def any_lost(directory):
     ended between two looks of the main thread is not in its set of workers, but its file is
     there.)"""
     pids = [path.name.split(".")[0] for path in Path(directory, "running").iterdir()]
-    return any(not Path("/proc", pid).exists() for pid in pids)
+    return any(not exists(pid) for pid in pids)
 
 
-def lost_worker(killed_by):
-    """An error message. killed_by: the number of the signal that ended a worker, or None."""
-    if not killed_by:
+def exists(pid):
+    return Path("/proc", str(pid)).exists()
+
+
+def lost_worker(exit_code):
+    """An error message. exit_code: of a worker; that of a killed one is minus the signal."""
+    if exit_code >= 0:
         return "error: a worker ended without a message"
-    advice = ", perhaps for lack of memory" if killed_by == signal.SIGKILL else ""
-    return f"error: a worker was ended by {signal.Signals(killed_by).name}{advice}"
+    name = signal.Signals(-exit_code).name
+    advice = ", perhaps for lack of memory" if name == "SIGKILL" else ""
+    return f"error: a worker was ended by {name}{advice}"
 
 
 def kill(processes):

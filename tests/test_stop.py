@@ -137,7 +137,7 @@ def worker(index, mode, stop_requested):
         ctypes.PyDLL(None).sleep(30)  # holds the GIL
     if index == 1 and "raises" in mode:
         raise RuntimeError("the first failure")
-    if index == 1 and "is killed" in mode:
+    if "all are killed" in mode or index == 1 and "is killed" in mode:
         os.kill(os.getpid(), signal.SIGKILL)
     if index == 1 and "hangs" in mode:
         time.sleep(100)
@@ -165,9 +165,20 @@ def seen_for_a_second():
     return [process for process in active_children()
             if time.monotonic() - first_seen.setdefault(process.pid, time.monotonic()) > 1]
 
+class LateExitCode(multiprocessing.context.SpawnProcess):
+    gone = False
+
+    @property
+    def exitcode(self):  # None at first, as when another thread is reaping the process just now
+        code, late = super().exitcode, not self.gone
+        self.gone = code is not None
+        return None if late else code
+
 if __name__ == "__main__":
     if "unseen" in sys.argv[1]:
         multiprocessing.active_children = seen_for_a_second
+    if "late" in sys.argv[1]:
+        multiprocessing.context.SpawnContext.Process = LateExitCode
     launch.BUSY_PAUSE = 0.1
     hang_minutes = 2 / 60 if "hang" in sys.argv[1] else 15
     run_command(lambda: launch.run_on_all_cores(spawn, worker, sys.argv[1:2], hang_minutes))
@@ -194,7 +205,9 @@ def workers(tmp_path):
 
 @pytest.mark.parametrize("mode, message", [
     ("raises", "RuntimeError: the first failure"),
-    ("is killed", "error: a worker was ended by SIGKILL, perhaps for lack of memory")])
+    ("is killed", "error: a worker was ended by SIGKILL, perhaps for lack of memory"),
+    ("is killed, and its exit code is late", "error: a worker was ended by SIGKILL"),
+    ("all are killed", "error: a worker was ended by SIGKILL, perhaps for lack of memory")])
 def test_a_failing_core_ends_all_within_seconds(workers, mode, message):
     process, started = workers(mode), time.monotonic()
     code, out, err = ended(process)
