@@ -1,0 +1,196 @@
+"""docs/roofline.md: every number of the page follows from the config, the constants of
+tools/tpu_costs.py, and the compiler's figures below."""
+import re
+
+import pytest
+from conftest import ROOT
+
+from model import flops_per_token, num_parameters
+from nanoxla import flash_attention
+from train import load_config
+
+PAGE = " ".join((ROOT / "docs/roofline.md").read_text().split())
+CORES = 8
+
+# M cycles of a step, by tools/compile_for_tpu.py on 2026-11-26 with libtpu 0.0.21. The optimised
+# HLO tells products from passes where a source line has both.
+COMPILER = {
+    "embedding": 3.04, "RMSNorm": 12.77, "q, k, v": 37.542, "attention": 51.61, "o_proj": 11.35,
+    "SwiGLU": 100.687, "head and loss": 43.08, "RMSNorm and residual, backward": 22.07,
+    "gradient accumulation": 0.18, "all-reduce": 15.68, "gradient norm": 2.60, "AdamW": 8.57,
+    "zeroed gradients": 1.999}
+COMPILER_SUM, MICRO_BATCH, WITHOUT_A_LINE, BACKWARD_SUMS = 311.33, 70.61, 17.744, 20.434
+NORM_PASSES_OF_A_LINE = 5.705
+LOGITS, LOGITS_BACKWARD = 16.46, 25.71
+Q_IN_VMEM, Q_IN_HBM = 82_864, 100_102  # cycles of a q_proj, its result in VMEM or in HBM
+IN_VMEM, IN_HBM = (25.08, 23.49), (166.67, 140.77)  # products: M cycles, and at the peak
+HBM_BYTES = 15.4e9  # read and written in a micro-batch, by the optimised HLO
+BUNDLES = 6_767, 15_634
+ZEROING = {(32_000, 768): (189, 544_730), (768, 2_048): (1, 14_993), (768, 768): (1, 6_757)}
+
+costs = (ROOT / "tools/tpu_costs.py").read_text()  # importing it would import jax
+CLOCK, LINK, MEMORY = (eval(re.search(rf"^{name} = ([^#]*)", costs, re.MULTILINE)[1])
+                       for name in ("CLOCK", "LINK", "MEMORY"))
+c = load_config(ROOT / "config/fwedu_124m.py")
+PEAK = c.peak_tflops * 1e12
+D, L, H, M, T, V = c.dim, c.n_layers, c.n_heads, c.hidden_dim, c.context, c.vocab_size
+N = c.micro_batch_size * T  # tokens in a micro-batch
+RUNS = c.batch_size // (CORES * c.micro_batch_size)
+P = num_parameters(c)[0]
+STREAM = 4 * N * D  # bytes of the residual stream
+NORMS = 2 * L + 1
+
+
+def ms(cycles_in_millions):
+    return 1e9 * cycles_in_millions / CLOCK
+
+
+def flops(rows, columns, n=N):
+    """Of a product, forward and backward."""
+    return 6 * n * rows * columns
+
+
+def product_bytes(rows, columns, n=N):
+    """Of a product, forward and backward, with the addition to the sum of the gradients."""
+    return 6 * n * (rows + columns) + 16 * rows * columns
+
+
+def all_reduce_ms(cores):
+    return 1e3 * 2 * (cores - 1) / cores * 4 * P / LINK
+
+
+# (FLOPs, bytes) of a step on one core
+PARTS = {
+    "embedding": (0, RUNS * 5 * STREAM),
+    "RMSNorm": (0, RUNS * NORMS * 1.5 * STREAM),
+    "q, k, v": (RUNS * L * 3 * flops(D, D), RUNS * L * 3 * product_bytes(D, D)),
+    "attention": (RUNS * L * 12 * T * D * N, RUNS * L * 11 * STREAM / 2),
+    "o_proj": (RUNS * L * flops(D, D), RUNS * L * product_bytes(D, D)),
+    "SwiGLU": (RUNS * L * 3 * flops(D, M), RUNS * L * 3 * product_bytes(D, M)),
+    "head and loss": (RUNS * flops(D, V), RUNS * (product_bytes(D, V) + 2 * STREAM)),
+    "RMSNorm and residual, backward": (0, RUNS * NORMS * 3.5 * STREAM),
+    "gradient accumulation": (0, 0),
+    "all-reduce": (0, 0),
+    "gradient norm": (0, 4 * P),
+    "AdamW": (0, 28 * P),
+    "zeroed gradients": (0, 4 * P),
+}
+MATRIX = {part: 1e3 * f / PEAK for part, (f, _) in PARTS.items()}
+BY_MEMORY = {part: 1e3 * b / MEMORY for part, (_, b) in PARTS.items()}
+LIMIT = {part: max(MATRIX[part], BY_MEMORY[part]) for part in PARTS}
+LIMIT["all-reduce"] = all_reduce_ms(CORES)
+
+
+def percent(share):
+    return f"{100 * share:.0f} %"
+
+
+def row(part):
+    f, b = PARTS[part]
+    bound = ("link" if part == "all-reduce" else "" if not LIMIT[part] else
+             "matrix unit" if MATRIX[part] == LIMIT[part] else "memory")
+    cells = [f"{f / 1e12:.2f}" if f else "", f"{MATRIX[part]:.1f}" if f else "",
+             f"{b / 1e9:.1f}" if b else "", f"{BY_MEMORY[part]:.1f}" if b else "", bound,
+             f"{ms(COMPILER[part]):.1f}",
+             percent(LIMIT[part] / ms(COMPILER[part])) if bound else ""]
+    return " ".join(f"| {part} | {' | '.join(cells)} |".split())
+
+
+SEEN = (1 + min(flash_attention.BLOCK, T) / T) / 2  # the share of scores that blocks leave
+WIDENED = flash_attention.LANES * H / D  # a head to all lanes; also the heads of a program
+ATTENTION = MATRIX["attention"] * SEEN * WIDENED * 7 / 6
+PER_PROGRAM = [T * SEEN * T * flash_attention.LANES * products * WIDENED * CLOCK / (PEAK / 2)
+               for products in (2, 5)]
+Q_FORWARD = 2 * N * D * D, 2 * N * 2 * D + 4 * D * D
+WEIGHTS = 1e3 * 16 * num_parameters(c)[1] / MEMORY  # read and written with the products, ms
+SMALL_BATCH = flops(D, D, T) / product_bytes(D, D, T)
+(big_windows, big), (_, wide), (_, square) = ZEROING.values()
+PER_BYTE = (wide - square) / (4 * (D * M - D * D))  # cycles, from the two that are one window
+PER_WINDOW = wide - PER_BYTE * 4 * D * M
+
+PHRASES = [
+    f"| peak of the matrix unit | {PEAK / 1e12:.0f} TFLOP/s |",
+    f"4 units x 128 x 128 x 2 FLOPs x {CLOCK / 1e9:.3f} GHz",
+    f"| memory (HBM) | {MEMORY / 1e9:.0f} GB/s |",
+    f"{MEMORY / CLOCK:.0f} bytes per cycle",
+    f"| a link between two chips | {LINK / 1e9:.0f} GB/s |",
+    f"{PEAK / MEMORY:.1f} FLOPs per byte",
+    f"{RUNS} micro-batches of {N:,} tokens, {RUNS * N:,} tokens",
+    f"2 x {N:,} x {D} x {D} = {Q_FORWARD[0] / 1e9:.2f} GFLOP",
+    f"{1e6 * Q_FORWARD[0] / PEAK:.0f} µs", f"{Q_FORWARD[1] / 1e6:.1f} MB",
+    f"{1e6 * Q_FORWARD[1] / MEMORY:.0f} µs",
+    f"{Q_FORWARD[0] / Q_FORWARD[1]:.0f} FLOPs per byte",
+    f"4 FLOPs per number and moves 6 bytes: {4 / 6:.1f} FLOPs per byte",
+    *map(row, PARTS),
+    f"| rest | | | | | | {ms(COMPILER_SUM - sum(COMPILER.values())):.1f} | |",
+    f"| sum | {sum(f for f, _ in PARTS.values()) / 1e12:.2f} | {sum(MATRIX.values()):.1f} | "
+    f"{sum(b for _, b in PARTS.values()) / 1e9:.1f} | {sum(BY_MEMORY.values()):.1f} | "
+    f"limits: {sum(LIMIT.values()):.1f} | {ms(COMPILER_SUM):.1f} | "
+    f"{percent(sum(LIMIT.values()) / ms(COMPILER_SUM))} |",
+    f"{sum(MATRIX.values()):.1f} / {ms(COMPILER_SUM):.1f} = "
+    f"{100 * sum(MATRIX.values()) / ms(COMPILER_SUM):.1f} %",
+    f"would have {percent(sum(MATRIX.values()) / sum(LIMIT.values()))}:",
+    f"reads {N:,} rows and writes them; backward adds {N:,} rows",
+    f"{N:,} x {D} numbers = {STREAM / 1e6:.1f} MB", f"{STREAM / 2e6:.1f} MB in bfloat16",
+    f"table of {4 * V * D / 1e6:.1f} MB", f"{3 * RUNS * (4 * V * D - STREAM) / 1e9:.2f} GB",
+    f"{3e3 * RUNS * (4 * V * D - STREAM) / MEMORY:.1f} ms too much",
+    f"{NORMS} norms",
+    f"{IN_VMEM[0]:.1f} M cycles where {IN_VMEM[1]:.1f} are the limit: "
+    f"{percent(IN_VMEM[1] / IN_VMEM[0])}",
+    f"{IN_HBM[0]:.1f} M where {IN_HBM[1]:.1f} are the limit: {percent(IN_HBM[1] / IN_HBM[0])}",
+    f"{Q_IN_VMEM:,} cycles with its result in VMEM and {Q_IN_HBM:,} with",
+    f"the limit is {Q_FORWARD[0] / PEAK * CLOCK:,.0f}",
+    f"{100 * SEEN} % of the scores",
+    f"{MATRIX['attention']:.1f} x {SEEN} x {WIDENED:.0f} x 7/6 = {ATTENTION:.1f} ms",
+    f"{percent(ATTENTION / ms(COMPILER['attention']))} of {ms(COMPILER['attention']):.1f} ms",
+    *(f"{limit:,.0f} of {bundles:,}" for limit, bundles in zip(PER_PROGRAM, BUNDLES)),
+    f"{N * V / 1e6:.0f} million logits", f"{2 * N * V / 1e6:.0f} MB in bfloat16",
+    f"{percent(MATRIX['head and loss'] / 3 / ms(LOGITS))} of the peak for that product, and "
+    f"{percent(MATRIX['head and loss'] * 2 / 3 / ms(LOGITS_BACKWARD))} for the two",
+    f"12 x {P:,} x {RUNS} bytes = {12e-9 * P * RUNS:.1f} GB, or {12e3 * P * RUNS / MEMORY:.1f} ms",
+    f"2 x 7/8 x 4 x {P:,} bytes = {2e-6 * 7 / 8 * 4 * P:.0f} MB",
+    f"{28 * P / 1e9:.2f} GB", f"{28e-6 * P / ms(COMPILER['AdamW']):.0f} GB/s",
+    f"{HBM_BYTES / 1e9:.1f} GB", f"{1e3 * HBM_BYTES / MEMORY:.1f} ms", f"{ms(MICRO_BATCH):.1f} ms",
+    f"{WITHOUT_A_LINE:.2f} M cycles",
+    f"{COMPILER['all-reduce']:.2f} M for the all-reduce",
+    f"{COMPILER['zeroed gradients']:.2f} M for zeroed gradients",
+    f"{WITHOUT_A_LINE - COMPILER['all-reduce'] - COMPILER['zeroed gradients']:.2f} M for small",
+    f"{BACKWARD_SUMS:.2f} M", f"{WITHOUT_A_LINE + BACKWARD_SUMS:.2f} M:",
+    *(f"{COMPILER[part] + NORM_PASSES_OF_A_LINE:.1f} M = {COMPILER[part]:.1f} M"
+      for part in ("SwiGLU", "q, k, v")),
+    f"+ {NORM_PASSES_OF_A_LINE:.1f} M",
+    *(f"{a:,} x {b:,} | {windows} | {cycles:,} |" for (a, b), (windows, cycles) in ZEROING.items()),
+    f"{PER_WINDOW:,.0f} cycles for each window", f"{1 / PER_BYTE:.0f} bytes per cycle",
+    f"{big_windows} x {PER_WINDOW:,.0f} + {4 * V * D / 1e6:.1f} MB / {1 / PER_BYTE:.0f}",
+    f"{big_windows * PER_WINDOW + PER_BYTE * 4 * V * D:,.0f} cycles",
+    "1,024 numbers are one vector register", "768 x 2,048 has 821 bundles",
+    f"{4096 * CLOCK / MEMORY:.1f} cycles of memory time", f"{P / 1024 / 1e3:.0f} thousand",
+    f"{COMPILER['gradient norm'] * 1e6 / (P / 1024):.0f} cycles",
+    # the exercises and their answers
+    f"vocabulary of {2 * V:,}", "falls from 1.75 to 1",
+    f"from {flops(D, D) / product_bytes(D, D):.0f} to {SMALL_BATCH:.0f} FLOPs per byte",
+    f"{RUNS * WEIGHTS:.1f} ms become {RUNS * c.micro_batch_size * WEIGHTS:.1f} ms",
+    f"{ATTENTION:.1f} ms become {ATTENTION / WIDENED:.1f} ms",
+    f"{MATRIX['head and loss']:.1f} ms become {2 * MATRIX['head and loss']:.1f} ms",
+    f"{BY_MEMORY['AdamW']:.1f} ms become {28e3 * (P + 2 * V * D) / MEMORY:.1f} ms",
+    f"{all_reduce_ms(CORES):.1f} ms become {all_reduce_ms(2):.1f} ms",
+    f"{sum(MATRIX.values()):.1f} ms become {CORES / 2 * sum(MATRIX.values()):.0f} ms",
+    f"{BY_MEMORY['AdamW']:.1f} ms become {20e3 * P / MEMORY:.1f} ms",
+    f"{8e5 * P / MEMORY / ms(COMPILER_SUM):.1f} % of a step",
+]
+
+
+@pytest.mark.parametrize("phrase", PHRASES)
+def test_a_number_of_the_page_is_right(phrase):
+    assert phrase in PAGE
+
+
+def test_all_fractions_and_thousands_of_the_page_are_checked():
+    rest = PAGE.replace("libtpu 0.0.21", "")
+    for phrase in sorted(PHRASES, key=len, reverse=True):
+        rest = rest.replace(phrase, "")
+    assert not re.findall(r".{0,40}\d[.,]\d.{0,20}", rest)
+
+
+def test_the_parts_are_the_whole_model():
+    assert sum(f for f, _ in PARTS.values()) == pytest.approx(RUNS * N * flops_per_token(c))
