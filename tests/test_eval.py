@@ -39,6 +39,12 @@ doc_to_target: '{{text}}'
 metric_list: [{metric: byte_perplexity}]
 """
 
+GROUP = """
+group: quiz
+task: [questions]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+"""
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
@@ -124,10 +130,11 @@ def test_evaluate_prints_the_table_and_writes_it_into_the_model_card(demo, model
         (tmp_path / f"{name}.yaml").write_text(
             TASK.format(name=name, directory=tmp_path) + task)
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "quiz.yaml").write_text(GROUP)
     env = {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     command = ("tools/evaluate.py", demo, "--include_path", tmp_path, "--batch_size", 1)
     for _ in range(2):  # the second time, the rows in the card are replaced
-        code, out, err = run(*command, "--tasks", "questions,wikitext_local", env=env)
+        code, out, err = run(*command, "--tasks", "quiz,wikitext_local", env=env)
         assert code == 0, err
     figures = {(row["task"], row["metric"]): row["value"]
                for row in json.loads((demo / "hf/evaluation.json").read_text())}
@@ -140,7 +147,12 @@ def test_evaluate_prints_the_table_and_writes_it_into_the_model_card(demo, model
     row = f"| evaluated | wikitext_local, 0-shot, 2 items: word_perplexity {shown} |"
     assert card.count(row) == 1 and card.count("| evaluated |") == len(figures)
     assert shown in out and "questions    acc" in out
+    row, = (line.split() for line in out.splitlines() if line.startswith("quiz "))
+    assert row[1] == "acc" and row[-1] == "2"  # items
     assert len(out.splitlines()) < 20  # the harness's own output is not in the way
 
+    single = checkpoint.find_checkpoint(demo)
+    code, _, err = run("tools/evaluate.py", single)
+    assert code == 2 and "is a single checkpoint; convert it with" in err
     code, _, err = run(*command, "--tasks", "hellaswag", env=env)
     assert code == 2 and "the harness failed on hellaswag" in err

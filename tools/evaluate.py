@@ -4,15 +4,15 @@
     python tools/evaluate.py out/demo/hf --limit 50              # the first 50 items of each
     python tools/evaluate.py out/demo --include_path my_tasks/ --tasks my_task
 
-A run is converted to RUN/hf first, if that does not exist. Prints a table beside the run that
-config/fwedu_124m.py repeats and GPT-2 124M, writes RUN/hf/evaluation.json, and adds the figures to
-RUN/hf/README.md.
+A run's newest checkpoint is converted to RUN/hf first, if that does not exist. Prints a table
+beside the run that config/fwedu_124m.py repeats and GPT-2 124M, writes RUN/hf/evaluation.json, and
+adds the figures to RUN/hf/README.md.
 
-The harness needs other versions of libraries than training does, so it has an environment of its
-own: `make .venv-eval/installed`, or `pip install "lm-eval[hf]==0.4.13"` into the one of this
-command. It downloads the tasks from Hugging Face. Without a network, --include_path names a
-directory of task files (YAML) that read local data. A task whose name begins with "wikitext" rates
-whole texts.
+The harness needs other versions of libraries than training does. So it runs in an environment of
+its own, .venv-eval, if `make .venv-eval/installed` has made one. Otherwise it runs in that of this
+command, after `pip install "lm-eval[hf]==0.4.13"`. It downloads the tasks from Hugging Face.
+Without a network, --include_path names a directory of task files (YAML) that read local data. A
+task whose name begins with "wikitext" rates whole texts.
 """
 import argparse
 import json
@@ -55,11 +55,10 @@ def hf_directory_of(path):
     """The Hugging Face directory at `path`, or that of the run there; makes it if it is missing."""
     if hf_directory.is_hf(path):
         return Path(path)
-    source = checkpoint.find_checkpoint(path)
-    if source.parent.name != "checkpoints":
-        raise UserError(f"{source} is not in the checkpoints/ of a run; convert it with "
-                        "convert_to_hf.py, and evaluate the result")
-    output = source.parent.parent / "hf"
+    source, output = checkpoint.find_checkpoint(path), Path(path, "hf")
+    if source.samefile(path):
+        raise UserError(f"{path} is a single checkpoint; convert it with convert_to_hf.py "
+                        f"--checkpoint {path} --output DIRECTORY, and evaluate DIRECTORY")
     if output.exists():
         print(f"evaluating {output}, which exists; delete it to evaluate a newer checkpoint")
     else:
@@ -97,7 +96,7 @@ def rows_of(report):
     """[(task, metric, value, standard error or None, number of items)] of a report."""
     rows = []
     for task, results in report["results"].items():
-        items = report["n-samples"][task]["effective"]
+        items = num_items(report, task)
         for key, value in results.items():
             metric, _, filtered = key.partition(",")
             if isinstance(value, float) and filtered and not metric.endswith("_stderr"):
@@ -105,6 +104,13 @@ def rows_of(report):
                 rows.append((task, metric, value, error if isinstance(error, float) else None,
                              items))
     return rows
+
+
+def num_items(report, task):
+    """task: a task, or a group of tasks or groups, such as mmlu."""
+    if members := report.get("group_subtasks", {}).get(task):
+        return sum(num_items(report, member) for member in members)
+    return report["n-samples"][task]["effective"]
 
 
 def shown(metric, value):
