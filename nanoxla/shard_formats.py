@@ -17,6 +17,7 @@ The sample is 4 KB at each quarter of the file. The rules ask whether it can be 
    vocab_size / 256. (From vocab_size = 57,600 on, the two look alike, and this rule finds nothing.)
 """
 import json
+import os
 import shlex
 from typing import NamedTuple
 
@@ -120,8 +121,11 @@ def guess_dtype(sample):
 
 
 def mending_command(path, write):
-    """A command for a shell that rewrites a file. write: the Python that reads `old` and writes
-    `new`."""
-    code = (f"import numpy, os; old = {json.dumps(str(path))}; new = old + \".npy\"; {write}; "
-            "os.replace(new, old)")
-    return f"python -c {shlex.quote(code)}"
+    """A command for a shell that rewrites a file: in place, or, if its directory is read-only as
+    /kaggle/input is, in the current one. write: the Python that reads `old` and writes `new`."""
+    in_place = os.access(path.parent, os.W_OK)
+    output = str(path) if in_place else path.name
+    code = (f"import numpy, os; old = {json.dumps(str(path))}; new = {json.dumps(output + '.npy')};"
+            f" {write}; os.replace(new, {json.dumps(output)})")
+    note = "" if in_place else " (it writes the copy here, because that directory is read-only)"
+    return f"python -c {shlex.quote(code)}{note}"

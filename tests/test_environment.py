@@ -65,16 +65,17 @@ def test_a_host_that_is_described_by_the_other_names_works(monkeypatch, renamed)
 
 
 def test_the_hosts_of_a_pod_slice_number_their_workers_in_turn(monkeypatch):
-    """v5e:4x8: four hosts of eight chips."""
+    """v5e:4x8: eight hosts of four chips."""
     hosts = [settings_of_workers(monkeypatch, KAGGLE | {
-        "TPU_ACCELERATOR_TYPE": "v5litepod-32", "TPU_WORKER_HOSTNAMES": "a,b,c,d",
-        "TPU_HOST_BOUNDS": "2,2,1", "TPU_WORKER_ID": str(host), "CLOUD_TPU_TASK_ID": str(host)})
-        for host in range(4)]
+        "TPU_ACCELERATOR_TYPE": "v5litepod-32", "TPU_WORKER_HOSTNAMES": "a,b,c,d,e,f,g,h",
+        "TPU_HOST_BOUNDS": "2,4,1", "TPU_CHIPS_PER_HOST_BOUNDS": "2,2,1",
+        "TPU_WORKER_ID": str(host), "CLOUD_TPU_TASK_ID": str(host)}, chips=4)
+        for host in range(8)]
     workers = [worker for host in hosts for worker in host]
     assert [int(task) for _, _, task, _, _ in workers] == list(range(32))
     assert {bounds for *_, bounds, _ in workers} == {"4,8,1"}
     assert len({addresses for *_, addresses in workers}) == 1
-    assert workers[0][-1].split(",")[8] == "b:8476"
+    assert workers[0][-1].split(",")[4] == "b:8476"
 
 
 def test_a_clean_environment_stays_as_it_is(capsys):

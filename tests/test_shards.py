@@ -145,6 +145,20 @@ def test_the_message_contains_a_command_that_mends_the_file(tmp_path, name):
     assert os.listdir(path.parent) == ["a.bin"]
 
 
+def test_in_a_read_only_directory_the_command_writes_a_copy_here(tmp_path, monkeypatch):
+    content, _ = MENDED["big-endian uint16"]
+    path, here = tmp_path / "input/a.bin", tmp_path / "here"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    here.mkdir()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    command, note = re.search(r"to rewrite it: python (.*) (\(it writes the copy here.*)",
+                              refusal(path)).groups()
+    subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=here)
+    assert path.read_bytes() == content and os.listdir(here) == ["a.bin"]
+    assert (data.open_shards([here / "a.bin"])[0] == IDS).all()
+
+
 REFUSED = {
     "llm.c, too short": (llm_c(IDS.astype("<u2"), missing=5),
                          "version 1, 30,006 tokens of uint16; expected version 1 and 61,036 bytes, "

@@ -151,7 +151,8 @@ def check_disk(config, parameters):
     disk = next(path for path in (out_dir, *out_dir.parents) if path.exists())
     free, limit = shutil.disk_usage(disk).free, ""
     if out_dir.is_relative_to("/kaggle/working"):
-        free, limit = min(free, KAGGLE_DISK), " (of which Kaggle keeps 20 GB)"
+        used = sum(path.lstat().st_size for path in Path("/kaggle/working").rglob("*"))
+        free, limit = min(free, KAGGLE_DISK - used), " (Kaggle keeps 20 GB of /kaggle/working)"
     kept = config.keep_checkpoints
     missing = max(1, kept + 1 - len(list_checkpoints(out_dir)))
     needed = missing * 12 * parameters * 1.05  # a weight and two moments, 4 bytes each

@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -113,11 +114,9 @@ def compare(config, say, stop_requested):
     gc.collect()  # the device's memory
     yield from compare_with_stored(config, loss, norm, tolerance)
 
-    stop_requested()
-    if not flash_attention.supports(config):
-        yield "note", "flash: the kernel does not fit this model, so it was not tried"
-    elif config.attention != "flash" and not on_cpu:
-        yield "note", "flash: not tried, since attention = 'math'"
+    stop_requested()  # a sign of life
+    if reason := why_no_flash(config):
+        yield "note", f"flash: not tried, since {reason}"
     else:
         say("...", "compiling a step with attention=flash")
         call = as_on_a_cpu if on_cpu else flash_attention.call
@@ -125,6 +124,15 @@ def compare(config, say, stop_requested):
             flash = first_step(config, "flash")
         gc.collect()
         yield from compare_with_math((loss, norm, gradients), flash, tolerance)
+
+
+def why_no_flash(config):
+    """Why the attention kernel is not tried, or None."""
+    if not flash_attention.supports(config):
+        return "the kernel does not fit this model"
+    if xr.device_type() == "CPU":
+        return None if find_spec("jax") else "jax is not installed"
+    return None if config.attention == "flash" else "attention = 'math'"
 
 
 def compare_with_stored(config, loss, norm, tolerance):
@@ -292,7 +300,7 @@ def worker(config, real_config, cores, directory, stop_requested):
               "kernel": lambda: lower_kernels(real_config),
               "a step with each attention": lambda: compare(config, say, stop_requested),
               "timed steps": lambda: time_steps(config, figures, say, stop_requested)}
-    if xr.device_type() != "CPU" or not flash_attention.supports(real_config):
+    if xr.device_type() != "CPU" or why_no_flash(real_config):
         del phases["kernel"]  # on a TPU the step with flash attention lowers it
     for name, phase in phases.items():
         if stop_requested():
