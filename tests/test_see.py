@@ -98,6 +98,13 @@ def test_watching_ends_with_the_run(tmp_path, call, picture, monkeypatch):
     assert pauses == [3, 3] and out.count("loss.png") == 3
 
 
+def test_watching_may_begin_before_the_run(tmp_path, call, picture, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(plot.time, "sleep", lambda seconds: write_run(run))
+    out, _ = call(plot.main, run, "--watch", 3)
+    assert out == f"waiting for the first row of {run}\n{run / 'loss.png'}\n"
+
+
 def test_what_cannot_be_drawn(tmp_path, mistake):
     assert "has no metrics.jsonl; expected the out_dir" in mistake(plot.main, tmp_path)[1]
     (tmp_path / "metrics.jsonl").write_text("")

@@ -5,7 +5,8 @@
     python tools/export_metrics.py out/demo --to wandb --follow  # beside the run, to its end
 
 The names are those of metrics.jsonl. Needs `pip install tensorboard`, or `pip install wandb`, which
-takes its settings from the environment (WANDB_PROJECT, WANDB_MODE=offline, ...).
+takes its settings from the environment (WANDB_PROJECT, WANDB_MODE=offline, ...). Before a second
+export for TensorBoard, delete RUN/tensorboard.
 """
 import argparse
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from plot import metrics_path, parse_rows
+from plot import metrics_path, parse_rows, wait_for_rows
 
 from nanoxla.checkpoint import list_checkpoints, read_state
 from nanoxla.errors import UserError, run_command
@@ -81,7 +82,10 @@ def main():
     add("--to", required=True, choices=["tensorboard", "wandb"])
     add("--follow", action="store_true", help="go on until the run ends")
     arguments = parser.parse_args()
-    run, path = arguments.run, metrics_path(arguments.run)
+    run = arguments.run
+    if arguments.follow:
+        wait_for_rows(run, POLL)
+    path = metrics_path(run)
     checkpoints = list_checkpoints(run)
     config = read_state(checkpoints[-1])["config"] if checkpoints else {}
     writers = {"tensorboard": tensorboard_writer, "wandb": wandb_writer}

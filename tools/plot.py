@@ -85,6 +85,17 @@ def read_rows(run):
     return rows
 
 
+def wait_for_rows(run, pause):
+    """Waits until a run, which may not have begun yet, has a training row. pause: seconds between
+    two looks."""
+    path, waiting = Path(run, "metrics.jsonl"), False
+    while not (path.is_file() and any(is_number(row.get("loss")) for row in parse_rows(path)[0])):
+        if not waiting:
+            print(f"waiting for the first row of {run}", flush=True)
+        waiting = True
+        time.sleep(pause)
+
+
 def tokens_per_step(run, rows):
     for row in rows:
         if row["step"] and is_number(row.get("tokens")):
@@ -163,12 +174,14 @@ def main():
     add("--out", type=Path, help="PNG file to write (default, of one run: RUN/loss.png)")
     add("--tokens", action="store_true", help="over tokens instead of optimiser steps")
     add("--watch", type=float, metavar="SECONDS",
-        help="draw again every so many seconds, until no run is going on")
+        help="wait for the run to begin, and draw again every so many seconds, to its end")
     arguments = parser.parse_args()
     runs = arguments.runs
     if len(runs) > len(COLORS) or (len(runs) > 1 and not arguments.out):
         parser.error(f"several runs: at most {len(COLORS)}, and name the picture with --out")
     out = arguments.out or Path(runs[0], "loss.png")
+    for run in runs if arguments.watch is not None else ():
+        wait_for_rows(run, arguments.watch)
     while True:
         ended = not any(holder(run) for run in runs)  # before the last rows are read
         picture = draw(runs, arguments.tokens)
