@@ -2,6 +2,7 @@
 #                 draw the loss curves, print samples
 # make test       what CI runs: lint and tests, without a TPU. Only installing needs the network.
 # make test-eval  conversion under transformers 5 and lm-evaluation-harness, in .venv-eval
+# make test-guards  the demo's losses and the TPU compiler's figures are those that README.md states
 # make test-slow  both notebooks, executed as Jupyter does
 # make test-images  the versions of Kaggle's and Colab's images, each in an environment of its own
 # make bench      speed of training, data, checkpoints and sampling on this machine, beside peers
@@ -33,7 +34,10 @@ test-eval: .venv-eval/installed
 	.venv-eval/bin/python -m pytest -m "" tests/test_convert_to_hf.py tests/test_eval.py
 
 test-slow: $(INSTALLED)
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow tests/test_notebooks.py
+
+test-guards: $(INSTALLED)
+	$(PY) -m pytest -m slow tests/test_guards.py
 
 test-images:
 	$(PYTHON) tests/images.py
@@ -51,4 +55,4 @@ $(INSTALLED): pyproject.toml
 	.venv-eval/bin/python -m pip install --quiet --editable ".[demo,eval]"
 	touch $@
 
-.PHONY: demo test test-eval test-slow test-images bench
+.PHONY: demo test test-eval test-guards test-slow test-images bench

