@@ -40,7 +40,6 @@ from nanoxla.shard_formats import SHARD_FORMATS
 from nanoxla.shards import (
     TOKEN_DTYPE,
     allow_open_files,
-    check_token_ids,
     find_shards,
     open_shards,
     other_formats,
@@ -211,8 +210,9 @@ def open_data(config):
 
 
 def check_data(config):
-    """Validates shards, token ids and tokenizer before any core starts. Raises UserError. Prints a
-    note for shards that are not headerless uint16. Returns the training data."""
+    """Validates shards and tokenizer before any core starts, all but the ids. Raises UserError.
+    Prints a note for shards that are not headerless uint16. Returns the training data, and the
+    paths of all shards."""
     train_data, val_data = open_data(config)
     paths = train_data.paths
     if val_data:
@@ -223,8 +223,7 @@ def check_data(config):
     for words, number in other_formats(paths, config.shard_format).items():
         print(f"note: {number:,} of {len(paths):,} shards in {config.data_dir} are read as "
               f"{words}; --shard_format overrules this", file=sys.stderr)
-    check_token_ids(paths, config.vocab_size, config.shard_format)
-    return train_data
+    return train_data, paths
 
 
 # --- the commands -------------------------------------------------------------------------------

@@ -420,8 +420,11 @@ def main():
     if xr.device_type() == "TPU":
         tpu.check_free(seconds=30)
     check_not_owned(config.out_dir)
-    train_data = data.check_data(config)
+    train_data, paths = data.check_data(config)
     checkpoint = checkpoint_to_resume(config, train_data.fingerprint())
+    # Reads all shards, so only once in a run: later, the fingerprint shows that they are the same.
+    if not (checkpoint and read_state(checkpoint)["data_sha256"]):
+        shards.check_token_ids(paths, config.vocab_size, config.shard_format)
     if config.init_from and not checkpoint:
         check_init_from(config)
 

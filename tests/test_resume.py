@@ -55,6 +55,18 @@ def test_session_keys_and_the_place_of_the_data_may_change(tiny, uninterrupted, 
     assert checkpoint_to_resume(config, fingerprint).name == "step_00000012"
 
 
+def test_only_a_new_run_reads_its_shards_whole(tiny, uninterrupted, tmp_path, call, monkeypatch):
+    scanned = []
+    monkeypatch.setattr(train.shards, "check_token_ids", lambda paths, *_: scanned.extend(paths))
+    monkeypatch.setattr(train, "run_on_all_cores", lambda *_: None)
+    monkeypatch.setattr(train, "use_huge_pages", lambda: None)
+    call(train.main, tiny, f"--out_dir={uninterrupted}", *AS_UNINTERRUPTED)
+    assert not scanned
+    call(train.main, tiny, f"--out_dir={tmp_path}")
+    assert [path.name for path in scanned] == ["train_00000.bin", "train_00001.bin",
+                                               "val_00000.bin"]
+
+
 # --- kill -9 ------------------------------------------------------------------------------------
 
 

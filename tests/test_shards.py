@@ -16,6 +16,7 @@ import data
 import train
 from nanoxla.errors import UserError
 from nanoxla.shard_formats import recognise
+from nanoxla.shards import check_token_ids
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -42,6 +43,13 @@ def npy(array):
     return file.getvalue()
 
 
+def checked(config):
+    """The training data, after the checks that come before a run."""
+    train_data, paths = data.check_data(config)
+    check_token_ids(paths, config.vocab_size, config.shard_format)
+    return train_data
+
+
 def refusal(path, shard_format="auto"):
     with pytest.raises(UserError) as error:
         recognise(path, shard_format)
@@ -66,7 +74,7 @@ READ = {  # format as `inspect` prints it: the file
 @pytest.mark.parametrize("words", READ)
 def test_every_format_gives_the_same_batches(tmp_path, call, capsys, words):
     (tmp_path / "a.bin").write_bytes(READ[words])
-    dataset = data.check_data(config(tmp_path))
+    dataset = checked(config(tmp_path))
     note = f"note: 1 of 1 shards in {tmp_path} are read as {words}; --shard_format overrules this\n"
     assert capsys.readouterr().err == ("" if words == "uint16 without a header" else note)
 
@@ -113,7 +121,7 @@ def test_an_id_that_no_uint16_can_hold_is_refused(tmp_path, content, found):
     (tmp_path / "a.bin").write_bytes(content)
     message = f"a.bin holds token id {found}; ids must be below vocab_size=4096"
     with pytest.raises(UserError, match=message):
-        data.check_data(config(tmp_path))
+        checked(config(tmp_path))
     with pytest.raises(UserError, match=message):
         data.open_data(config(tmp_path))[0].read(np.array([470]))
 
