@@ -239,6 +239,13 @@ def test_an_exception_becomes_a_finding(monkeypatch, capsys):
     assert "hundred" not in out
 
 
+def test_ctrl_c(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "run_on_all_cores", lambda spawn, worker, arguments, _:
+                        worker(*arguments, lambda: True))
+    assert doctor.check_device(load_config(FWEDU), "CPU", 1) == (True, {})
+    assert capsys.readouterr().out.splitlines()[1:] == ["wrong stopped before the last check"]
+
+
 # --- the row ------------------------------------------------------------------------------------
 
 

@@ -233,11 +233,14 @@ def check_device(config, device, cores):
         failed = Path(directory, "failed")
         if failed.exists():
             ended = failed.read_text()
+    figures = findings[-1][2] if findings else {}  # complete after the last check
     if ended:
         print_finding("wrong", f"{ended}. If it is memory, use a smaller --micro_batch_size; if "
                                "the attention kernel, --attention=math; else restart the machine")
-    figures = findings[-1][2] if findings else {}
-    return bool(ended) or any(kind == "wrong" for kind, *_ in findings), figures
+    elif not figures:
+        print_finding("wrong", "stopped before the last check")
+    wrong = ended or not figures or any(kind == "wrong" for kind, *_ in findings)
+    return bool(wrong), figures
 
 
 def device_name(device, cores):
@@ -319,6 +322,8 @@ def main():
 
     failed, figures = check_device(config, device, cores)
     wrong |= failed
+    if not figures:
+        sys.exit(1)
     changes = [argument for argument in arguments if argument[2:].split("=")[0] in DECIDE_SPEED]
     name, estimate = " ".join([path, *changes]), None
     if device == "TPU":

@@ -304,7 +304,7 @@ def worker(config, real_config, cores, directory, stop_requested):
         del phases["kernel"]  # on a TPU the step with flash attention lowers it
     for name, phase in phases.items():
         if stop_requested():
-            raise UserError("stopped")
+            return
         try:
             for finding in phase():
                 say(*finding)
