@@ -8,21 +8,22 @@ fit the chip's memory, and how long does a step take? The compiler is the TPU's 
 works on any Linux x86-64 machine. The graphs are those of train.py's train_step and evaluate
 (tpu_graphs.py). docs/tpu_compiler.md explains the report.
 
-The estimate is a lower bound: the time of a step if nothing ever waits. It is the sum of
+The estimate leaves out all waiting, but it is no lower bound: the compiler expects some operations
+to take longer than they do. check_estimate.py compares it with measured times. It is the sum of
 
   operations         The cycles that the compiler expects for each operation.
   gather, scatter,   Used by the embedding. The compiler has no estimate, so these count as the time
-  sort               to read and write their bytes at 819 GB/s.
+  sort               to read and write their bytes at the speed of the chip's memory (HBM).
   flash attention    Here the compiler has no estimate either. A kernel of flash_attention.py is a
                      program without branches: one instruction bundle a cycle, for each window and
                      each 128 lanes of heads. libtpu compiles the kernel alone, and its bundles are
                      counted.
-  all-reduce         2 (n - 1) / n x bytes / 90 GB/s: a ring of n chips that send in both directions
-                     at 45 GB/s each, the speed of a v5e's link
-                     (https://jax-ml.github.io/scaling-book/tpus), with no other work meanwhile.
+  all-reduce         2 (n - 1) / n x bytes / speed of a link: a ring of n chips that send in both
+                     directions, with no other work meanwhile.
 
-It leaves out waiting for the host (host_ms says whether the host can keep up; see host_time.py),
-waiting for memory that the compiler did not foresee, the launching of graphs, and checkpoints.
+The speeds are in nanoxla/tpu.py. Left out are waiting for the host (host_ms says whether the host
+can keep up; see host_time.py), waiting for memory that the compiler did not foresee, the launching
+of graphs, and checkpoints.
 
 Exit code 1: the step does not compile, or does not fit.
 """
@@ -143,7 +144,7 @@ def main():
     set_environment(kind, cores)
     chip = KINDS[kind]
     from host_time import host_ms
-    from tpu_costs import count_cycles, estimate, kernel_bundles
+    from tpu_costs import count_cycles, estimate, kernel_bundles, kernel_cycles
     from tpu_graphs import record
 
     from nanoxla.flash_attention import check_attention
@@ -163,11 +164,12 @@ def main():
     started = time.perf_counter()
     compiled = compile_all(graphs, arguments.topology)
     print(f"compiles          yes, in {time.perf_counter() - started:.0f} s", flush=True)
-    bundles = None
+    bundles = attention = None
     if config.attention == "flash":
         bundles = kernel_bundles(config, arguments.topology)
+        attention = kernel_cycles(config, bundles)
     for graph, hlo in zip(graphs, compiled):
-        graph.by_kind, graph.by_line = count_cycles(hlo, config, chip, cores, bundles)
+        graph.by_kind, graph.by_line = count_cycles(hlo, chip, cores, attention)
     figures = estimate(config, chip, cores, step, evaluation)
     figures["bundles"] = bundles
     # In a process without the names of operations, which take time to record.

@@ -70,7 +70,7 @@ def stable_hlo(graph):
 # --- counting cycles ----------------------------------------------------------------------------
 
 
-def count_cycles(hlo, config, chip, cores, bundles):
+def count_cycles(hlo, chip, cores, attention):
     """The cycles of one run of a compiled graph, as two Counters: by kind and by source line.
 
     hlo: optimised HLO as text, one instruction per line, such as
@@ -78,10 +78,8 @@ def count_cycles(hlo, config, chip, cores, bundles):
         %fusion.7 = bf16[8192,768]{1,0} fusion(%p.1, %p.2), metadata={op_name="model.py_145.2/dot"},
             backend_config={"estimated_cycles":"70610"}
 
-    chip: one of nanoxla/tpu.py's KINDS. bundles: (forward, backward) of the attention kernel, as
-    kernel_bundles counts them; or None."""
-    # how often a kernel's program runs, for each layer of a micro-batch
-    programs = config.micro_batch_size * config.dim // flash_attention.LANES
+    chip: one of nanoxla/tpu.py's KINDS. attention: the cycles of its kernel for a layer, forward
+    and backward; None if there is none."""
     by_kind, by_line = collections.Counter(), collections.Counter()
     sizes = {}  # {name of an instruction: bytes of its results}
     for instruction in hlo[hlo.index("\nENTRY "):].splitlines():
@@ -96,7 +94,7 @@ def count_cycles(hlo, config, chip, cores, bundles):
         elif opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction:
             kind, line = "flash", "flash_attention.py"
             backward = results.startswith("(")  # a tuple: only this one has several results
-            cycles = programs * bundles[backward]
+            cycles = attention[backward]
         elif opcode in ("all-reduce", "all-reduce-start"):
             sent = 2 * (cores - 1) / cores * sizes[name]
             kind, cycles = "all_reduce", chip.clock * sent / chip.link
@@ -129,6 +127,13 @@ def num_bytes(shapes):
 
 
 # --- the attention kernels ----------------------------------------------------------------------
+
+
+def kernel_cycles(config, bundles):
+    """The cycles of both kernels for a layer of a micro-batch: a program for each window and each
+    128 lanes of heads. bundles: as kernel_bundles counts them."""
+    programs = config.micro_batch_size * config.dim // flash_attention.LANES
+    return [programs * each for each in bundles]
 
 
 def kernel_bundles(config, topology):
