@@ -41,7 +41,7 @@ KINDS = {
     "v5e": Kind("v5litepod", ("0x1ae0", "0x0063"), peak=197e12, flops_per_cycle=4 * 128 * 128 * 2,
                 memory=819e9, hbm=15.75, link=90e9),
     "v6e": Kind("v6e", ("0x1ae0", "0x006f"), peak=918e12, flops_per_cycle=4 * 256 * 256 * 2,
-                memory=1_638e9, hbm=31.25, link=180e9),
+                memory=1_638e9, hbm=31.5, link=180e9),
 }
 
 
