@@ -76,8 +76,9 @@ class Config(ModelConfig):
     grad_clip: float = key(1.0, "clip the averaged gradient to this norm; 0: do not", at_least(0))
     dtype: str = key("bfloat16", "number format of the matrix products; the rest is float32",
                      one_of("bfloat16", "float32"))
-    peak_tflops: float = session_key(197.0, "peak of one core in bfloat16, for mfu; default: v5e",
-                                     POSITIVE)
+    peak_tflops: float = session_key(0.0, "peak of one core in bfloat16, for mfu; 0: that of the "
+                                          "chip, if it is a v5e or v6e; else there is no mfu",
+                                     at_least(0))
     seed: int = key(0, "random seed of the weights and of the order of the data", at_least(0))
     log_every: int = session_key(10, "steps between log rows and between stop checks", at_least(1))
     eval_every: int = session_key(1_000, "steps between evaluations; 0: none", at_least(0))

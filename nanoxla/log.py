@@ -34,6 +34,7 @@ import torch_xla.runtime as xr
 from torch_xla.experimental.callback import on_ready_callback
 from tqdm import tqdm
 
+from nanoxla import tpu
 from nanoxla.errors import UserError
 from nanoxla.files import write_file
 from nanoxla.lock import own
@@ -109,6 +110,7 @@ class TrainingLog:
         again."""
         self.config, self.first_step = config, first_step
         self.flops_per_token = flops_per_token
+        self.peak_flops = tpu.peak_flops(config) if xr.device_type() == "TPU" else None
         self.is_writer = xr.global_ordinal() == 0
         self.path = Path(config.out_dir, "metrics.jsonl")
         self.rows = bytearray()
@@ -173,13 +175,13 @@ class TrainingLog:
         steps, self.row_step, self.row_times = step - self.row_step, step, times
         step_seconds = (wall - compile_s) / steps
         tokens_per_s = config.batch_size * config.context / step_seconds
-        peak_flops = config.peak_tflops * 1e12 * xr.world_size()
-        mfu = tokens_per_s * self.flops_per_token / peak_flops
+        flops = tokens_per_s * self.flops_per_token
+        mfu = flops / (self.peak_flops * xr.world_size()) if self.peak_flops else None
         row = {"step": step, "loss": loss, "lr": pending.learning_rate, "grad_norm": grad_norm,
                "tokens": step * config.batch_size * config.context, "tokens_per_s": tokens_per_s,
                "step_ms": 1e3 * step_seconds, "host_ms": 1e3 * host / steps,
-               "mfu": mfu if xr.device_type() == "TPU" else None,
-               "compiles": compilations()[0], "skipped": skipped, "compile_s": compile_s}
+               "mfu": mfu, "compiles": compilations()[0], "skipped": skipped,
+               "compile_s": compile_s}
         line = ("loss {loss:7.4f} | lr {lr:.2e} | grad norm {grad_norm:6.3f} | "
                 "{step_ms:7.1f} ms (host {host_ms:5.1f}) | {tokens_per_s:9,.0f} tok/s")
         line += " | mfu {mfu:.1%}" if row["mfu"] else ""

@@ -99,14 +99,14 @@ def test_a_step_that_does_not_fit_ends_with_exit_code_1(tmp_path):
 
 
 @pytest.mark.parametrize("argument, message", [
-    ("--topology=v4:2x2x1", "expected v5e:ROWSxCOLUMNS"),
+    ("--topology=v4:2x2x1", "expected KIND:ROWSxCOLUMNS, as in v5e:2x4; KIND is v5e or v6e"),
     ("--micro_batch_size=3",
      "batch_size = 128 is not a multiple of 8 cores x micro_batch_size = 3"),
     ("--context=200", "attention = 'flash' needs dim = 256 and context = 200 to be multiples"),
     ("--layers=2", "there is no key 'layers'; the nearest is 'n_layers'"),
 ])
 def test_a_mistake_is_explained(tmp_path, monkeypatch, mistake, argument, message):
-    monkeypatch.setattr(compile_for_tpu, "set_environment", lambda cores: None)
+    monkeypatch.setattr(compile_for_tpu, "set_environment", lambda *_: None)
     config = write_config(tmp_path / "small.py", **SMALL)
     _, err = mistake(compile_for_tpu.main, config, argument)
     assert message in err
@@ -114,4 +114,4 @@ def test_a_mistake_is_explained(tmp_path, monkeypatch, mistake, argument, messag
 
 def test_the_real_command_explains_a_mistake(tmp_path):
     code, _, err = compile_small(tmp_path, "--topology=v5e:8")
-    assert code == 2 and "expected v5e:ROWSxCOLUMNS" in err and "Traceback" not in err
+    assert code == 2 and "expected KIND:ROWSxCOLUMNS" in err and "Traceback" not in err

@@ -131,6 +131,7 @@ def test_chips_that_another_process_holds(monkeypatch, tmp_path):
     (tmp_path / "accel0").touch()
     (tmp_path / "holder.py").write_text(HOLDER)
     monkeypatch.setattr(tpu, "DEVICE_FILES", (str(tmp_path / "accel[0-9]*"),))
+    monkeypatch.setattr(tpu, "kind", lambda: "v5e")
     monkeypatch.setattr(doctor, "CHIPS_BUSY", 0)
     holder = start(tmp_path / "holder.py", tmp_path / "accel0")
     try:
@@ -249,8 +250,9 @@ def test_ctrl_c(monkeypatch, capsys):
 # --- the row ------------------------------------------------------------------------------------
 
 
-def test_the_row_of_a_tpu():
+def test_the_row_of_a_tpu(monkeypatch):
     config = load_config(FWEDU)
+    monkeypatch.setattr(tpu, "kind", lambda: "v5e")
     estimate = doctor.estimated_ms(config, 8)
     figures = {"tokens_per_s": 1_048_576.0, "mfu": 0.512, "step_ms": 250.0, "host_ms": 48.0,
                "compiles": 0, "hbm_gib": 4.93}
@@ -261,3 +263,5 @@ def test_the_row_of_a_tpu():
         "250.0", "48.0", "0", "4.93", "207.1 (1.21) |"]
     assert doctor.estimated_ms(config, 4) is None
     assert doctor.estimated_ms(dataclasses.replace(config, micro_batch_size=16), 8) is None
+    monkeypatch.setattr(tpu, "kind", lambda: "v6e")
+    assert doctor.estimated_ms(config, 8) != estimate

@@ -202,6 +202,39 @@ def test_who_holds_a_chip_is_found_and_named(busy_chip):
         tpu.check_free(seconds=0)
 
 
+@pytest.fixture
+def pci(tmp_path, monkeypatch):
+    """pci(vendor and device, ...): this machine has these PCI devices."""
+    def set_devices(*devices):
+        for number, ids in enumerate(devices):
+            (tmp_path / str(number)).mkdir()
+            for name, value in zip(("vendor", "device"), ids.split()):
+                (tmp_path / str(number) / name).write_text(f"{value}\n")
+        monkeypatch.setattr(tpu, "PCI_DEVICES", tmp_path)
+    return set_devices
+
+
+@pytest.mark.parametrize("device, kind, peak", [
+    ("0x1ae0 0x0063", "v5e", 197e12), ("0x1ae0 0x006f", "v6e", 918e12),
+    ("0x1ae0 0x005e", None, None), ("0x8086 0x0063", None, None)])
+def test_the_peak_is_that_of_the_chips_unless_the_config_says_another(pci, device, kind, peak):
+    network = "0x1ae0 0x0042"  # by the same vendor
+    pci(network, device, device)
+    assert tpu.kind() == kind
+    assert tpu.peak_flops(train.Config()) == peak
+    assert tpu.peak_flops(train.Config(peak_tflops=275.0)) == 275e12
+
+
+def test_the_kinds_of_chips_are_those_that_torch_xla_and_jax_know():
+    from jax._src import hardware_utils
+
+    for name, kind in tpu.KINDS.items():
+        vendor, device = kind.pci_ids
+        assert vendor == topology._GOOGLE_PCI_VENDOR_ID
+        assert device in topology._TPU_PCI_DEVICE_IDS
+        assert hardware_utils._TPU_PCI_DEVICE_IDS[device].name == name
+
+
 def test_a_chip_that_is_released_in_time_is_free(busy_chip, capsys):
     subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(0.5); "
                                             f"os.kill({busy_chip.pid}, 9)"])

@@ -1,5 +1,5 @@
-"""docs/roofline.md: every number of the page follows from the config, the constants of
-tools/tpu_costs.py, and the compiler's figures below."""
+"""docs/roofline.md: every number of the page follows from the config, the figures of the chip in
+nanoxla/tpu.py, and the compiler's figures below."""
 import re
 
 import pytest
@@ -7,6 +7,7 @@ from conftest import ROOT
 
 from model import flops_per_token, num_parameters
 from nanoxla import flash_attention
+from nanoxla.tpu import KINDS
 from train import load_config
 
 PAGE = " ".join((ROOT / "docs/roofline.md").read_text().split())
@@ -28,11 +29,9 @@ HBM_BYTES = 15.4e9  # read and written in a micro-batch, by the optimised HLO
 BUNDLES = 6_767, 15_634
 ZEROING = {(32_000, 768): (189, 544_730), (768, 2_048): (1, 14_993), (768, 768): (1, 6_757)}
 
-costs = (ROOT / "tools/tpu_costs.py").read_text()  # importing it would import jax
-CLOCK, LINK, MEMORY = (eval(re.search(rf"^{name} = ([^#]*)", costs, re.MULTILINE)[1])
-                       for name in ("CLOCK", "LINK", "MEMORY"))
+V5E = KINDS["v5e"]
+CLOCK, LINK, MEMORY, PEAK = V5E.clock, V5E.link, V5E.memory, V5E.peak
 c = load_config(ROOT / "config/fwedu_124m.py")
-PEAK = c.peak_tflops * 1e12
 D, L, H, M, T, V = c.dim, c.n_layers, c.n_heads, c.hidden_dim, c.context, c.vocab_size
 N = c.micro_batch_size * T  # tokens in a micro-batch
 RUNS = c.batch_size // (CORES * c.micro_batch_size)

@@ -52,8 +52,9 @@ IMPORTED = 0.9 * GIB  # memory of a worker that has imported everything; measure
 CHIPS_BUSY = 20  # seconds: after a kill -9 it takes some until the chips are free
 HANG_MINUTES = 5
 
-# The time of a step by tools/compile_for_tpu.py, in ms: {(config, cores): ms}.
-ESTIMATES = {(DEFAULT, 8): 207.1}
+# The time of a step by tools/compile_for_tpu.py, in ms: {(config, kind of chip, cores): ms}.
+ESTIMATES = {(DEFAULT, "v5e", 8): 207.1, (DEFAULT, "v5e", 1): 1511.9,
+             (DEFAULT, "v6e", 8): 101.2, (DEFAULT, "v6e", 1): 742.0}
 # A model with other values of these keys takes another time.
 DECIDE_SPEED = ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "context", "attention",
                 "batch_size", "micro_batch_size", "dtype")
@@ -200,6 +201,9 @@ def check_chips(device):
         yield "wrong", ("chips: none found. In a notebook, choose a TPU as accelerator; for a test "
                         "on a CPU, set PJRT_DEVICE=CPU")
         return
+    if not tpu.kind():
+        yield "note", (f"chips: not {' or '.join(tpu.KINDS)}; there is no MFU unless peak_tflops "
+                       "is set")
     try:
         tpu.check_free(CHIPS_BUSY)
         yield "ok", f"chips: {len(chips)}, and no other process holds one"
@@ -257,10 +261,10 @@ def device_name(device, cores):
 def estimated_ms(config, cores):
     """The compiler's estimate for a step, or None."""
     import train
-    for (path, with_cores), ms in ESTIMATES.items():
+    for (path, *machine), ms in ESTIMATES.items():
         other = train.load_config(Path(__file__).parent.parent / path)
-        if cores == with_cores and all(getattr(config, key) == getattr(other, key)
-                                       for key in DECIDE_SPEED):
+        if machine == [tpu.kind(), cores] and all(getattr(config, key) == getattr(other, key)
+                                                  for key in DECIDE_SPEED):
             return ms
     return None
 

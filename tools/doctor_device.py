@@ -27,7 +27,7 @@ import torch_xla.runtime as xr
 
 import train
 from model import Llama, flops_per_token
-from nanoxla import flash_attention
+from nanoxla import flash_attention, tpu
 from nanoxla.errors import UserError, first_line
 from nanoxla.log import compilations
 
@@ -259,10 +259,9 @@ def time_steps(config, figures, say, stop_requested):
                 "mfu": None, "cores": cores}
     speed = (f"{TIMED} steps: {tokens_per_s:,.0f} tokens/s, {1e3 * seconds:.1f} ms a step, of "
              f"which Python takes {figures['host_ms']:.1f}")
-    if xr.device_type() == "TPU":
-        figures["mfu"] = (tokens_per_s * flops_per_token(config)
-                          / (config.peak_tflops * 1e12 * cores))
-        speed += f", MFU {figures['mfu']:.1%} of {config.peak_tflops:g} TFLOP/s a core"
+    if xr.device_type() == "TPU" and (peak := tpu.peak_flops(config)):
+        figures["mfu"] = tokens_per_s * flops_per_token(config) / (peak * cores)
+        speed += f", MFU {figures['mfu']:.1%} of {peak / 1e12:g} TFLOP/s a core"
     if compiled:
         yield "wrong", (f"{speed}; but {compiled} graphs were compiled in between, and each takes "
                         "a minute of the run. Install versions that have been tried")

@@ -20,11 +20,6 @@ from model import flops_per_token
 from nanoxla import flash_attention
 from nanoxla.processes import call_in_new_process
 
-CLOCK = 197e12 / (4 * 128 * 128 * 2)  # Hz: 4 matrix units of 128 x 128 multiply-adds, 197 TFLOP/s
-LINK = 90e9  # bytes/s of a link between two chips, both directions together
-MEMORY = 819e9  # bytes/s of a chip's main memory (HBM)
-
-
 # --- compiling ----------------------------------------------------------------------------------
 
 
@@ -32,13 +27,19 @@ def compile_graph(graph, topology):
     """Compiles a Graph for all chips of a topology, such as "v5e:2x4". Returns the optimised HLO as
     text, and the bytes of HBM in use while the graph runs. Raises jax.errors.JaxRuntimeError if it
     does not compile."""
-    executable = compile_module(
-        stable_hlo(graph), topologies.get_topology_desc(topology, platform="tpu").devices)
+    executable = compile_module(stable_hlo(graph), chips_of(topology))
     memory = executable.get_compiled_memory_stats()
     own_bytes = (memory.argument_size_in_bytes + memory.output_size_in_bytes
                  - memory.alias_size_in_bytes + memory.temp_size_in_bytes
                  + memory.generated_code_size_in_bytes)
     return executable.hlo_modules()[0].to_string(), own_bytes + graph.other_bytes
+
+
+def chips_of(topology):
+    """The chips of a topology, as JAX devices."""
+    # One chip per host, because libtpu by default wants four, and refuses 1x1.
+    return topologies.get_topology_desc(topology, platform="tpu",
+                                        chips_per_host_bounds=[1, 1, 1]).devices
 
 
 def compile_module(module, devices):
@@ -69,7 +70,7 @@ def stable_hlo(graph):
 # --- counting cycles ----------------------------------------------------------------------------
 
 
-def count_cycles(hlo, config, cores, bundles):
+def count_cycles(hlo, chip, cores, attention):
     """The cycles of one run of a compiled graph, as two Counters: by kind and by source line.
 
     hlo: optimised HLO as text, one instruction per line, such as
@@ -77,9 +78,8 @@ def count_cycles(hlo, config, cores, bundles):
         %fusion.7 = bf16[8192,768]{1,0} fusion(%p.1, %p.2), metadata={op_name="model.py_145.2/dot"},
             backend_config={"estimated_cycles":"70610"}
 
-    bundles: (forward, backward) of the attention kernel, as kernel_bundles counts them; or None."""
-    # how often a kernel's program runs, for each layer of a micro-batch
-    programs = config.micro_batch_size * config.dim // flash_attention.LANES
+    chip: one of nanoxla/tpu.py's KINDS. attention: the cycles of its kernel for a layer, forward
+    and backward; None if there is none."""
     by_kind, by_line = collections.Counter(), collections.Counter()
     sizes = {}  # {name of an instruction: bytes of its results}
     for instruction in hlo[hlo.index("\nENTRY "):].splitlines():
@@ -94,13 +94,14 @@ def count_cycles(hlo, config, cores, bundles):
         elif opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction:
             kind, line = "flash", "flash_attention.py"
             backward = results.startswith("(")  # a tuple: only this one has several results
-            cycles = programs * bundles[backward]
+            cycles = attention[backward]
         elif opcode in ("all-reduce", "all-reduce-start"):
-            kind, cycles = "all_reduce", CLOCK * 2 * (cores - 1) / cores * sizes[name] / LINK
+            sent = 2 * (cores - 1) / cores * sizes[name]
+            kind, cycles = "all_reduce", chip.clock * sent / chip.link
         elif opcode in ("fusion", "gather", "scatter", "sort"):
             inputs = re.findall(r"%[\w.-]+", operands)
             moved = sizes[name] + sum(sizes.get(operand, 0) for operand in inputs)
-            kind, cycles = "moved", CLOCK * moved / MEMORY
+            kind, cycles = "moved", chip.clock * moved / chip.memory
         elif opcode == "while":
             raise NotImplementedError("the graph has a loop; its body would be counted only once")
         else:
@@ -128,6 +129,13 @@ def num_bytes(shapes):
 # --- the attention kernels ----------------------------------------------------------------------
 
 
+def kernel_cycles(config, bundles):
+    """The cycles of both kernels for a layer of a micro-batch: a program for each window and each
+    128 lanes of heads. bundles: as kernel_bundles counts them."""
+    programs = config.micro_batch_size * config.dim // flash_attention.LANES
+    return [programs * each for each in bundles]
+
+
 def kernel_bundles(config, topology):
     """The instruction bundles of the forward and the backward kernel of flash_attention.py, for one
     program: a window and 128 lanes of heads. A bundle takes one cycle."""
@@ -142,7 +150,7 @@ def kernel_bundles(config, topology):
 def compile_kernels(config, topology, directory):
     """Compiles both kernels, and counts the bundles in libtpu's dump in `directory`."""
     T, L = config.context, flash_attention.LANES
-    devices = topologies.get_topology_desc(topology, platform="tpu").devices[:1]
+    devices = chips_of(topology)[:1]
     group = jax.ShapeDtypeStruct((1, T, L), config.dtype)  # of q, k, v and dy
     table = jax.ShapeDtypeStruct((T, L), "float32")  # of cosines and sines
     inputs = group, group, group, table, table
@@ -162,14 +170,14 @@ def compile_kernels(config, topology, directory):
 # --- the estimate -------------------------------------------------------------------------------
 
 
-def estimate(config, cores, step, evaluation):
+def estimate(config, chip, cores, step, evaluation):
     """The figures of the report, as a dict. step, evaluation: lists of compiled Graphs."""
     cycles = add_up(step, "by_kind")
     total = sum(cycles.values())
-    milliseconds = {kind: 1e3 * count / CLOCK for kind, count in cycles.items()}
-    seconds, tokens = total / CLOCK, config.batch_size * config.context
+    milliseconds = {kind: 1e3 * count / chip.clock for kind, count in cycles.items()}
+    seconds, tokens = total / chip.clock, config.batch_size * config.context
     flops = tokens * flops_per_token(config)
-    batch_seconds = sum(add_up(evaluation, "by_kind").values()) / CLOCK
+    batch_seconds = sum(add_up(evaluation, "by_kind").values()) / chip.clock
     # Every eval_every steps, and at the end.
     evaluations = math.ceil(config.max_steps / config.eval_every) if config.eval_every else 0
     run_seconds = config.max_steps * seconds + evaluations * config.eval_batches * batch_seconds
@@ -180,7 +188,7 @@ def estimate(config, cores, step, evaluation):
         "cycles": cycles | {"sum": total},
         "ms": milliseconds | {"sum": 1e3 * seconds},
         "tokens_per_s": tokens / seconds,
-        "mfu": flops / seconds / (cores * config.peak_tflops * 1e12),
+        "mfu": flops / seconds / (cores * (1e12 * config.peak_tflops or chip.peak)),
         "hours": run_seconds / 3600,
         "lines": dict(add_up(step, "by_line").most_common(10)),
     }
