@@ -3,9 +3,9 @@ r"""attention="flash": causal attention as a TPU kernel, written in JAX's Pallas
 Read math_attention and rotate in model.py first: this computes the same. But the [T, T] scores
 never reach the TPU's main memory (HBM). They live in VMEM, the core's on-chip memory, for a block
 of queries at a time. All scores of a block fit, so the softmax is the plain one, and needs no
-running maximum, unlike FlashAttention's. The backward pass reads q and k anyway, and computes
-scores and softmax again. The forward pass saves only its inputs: storing scores or row statistics
-in HBM and reading them back takes longer than computing them again.
+running maximum, unlike FlashAttention's. The backward pass computes the scores again. The rest of
+its softmax is two numbers per query: the forward pass saves log(sum(exp(scores))), and the sum over
+P * dP is a dot product of y and its gradient.
 
 How the kernel is cut up. Pallas runs a *program* for each point of a *grid*: here for each window b
 and each group g of 128 columns. A *BlockSpec* says which part of an array a program sees, and hands
@@ -35,7 +35,7 @@ kernel sets the lanes of head 1 to zero in q: zeros add nothing to a dot product
 unit takes the same time with or without them.
 
 Shapes:  B batch   T time   D width   K width of a head   L = 128 lanes
-         Q queries in a block   N keys that the block sees
+         H heads   Q queries in a block   N keys that the block sees
 """
 import functools
 import math
@@ -82,10 +82,11 @@ def check_attention(config, device_type):
 def kernels(K):
     """The two passes for heads of width K, as functions of JAX arrays:
 
-        forward(q, k, v, cos, sin) -> y
-        backward(q, k, v, cos, sin, dy) -> dq, dk, dv
+        forward(q, k, v, cos, sin) -> y, log_sums
+        backward(q, k, v, cos, sin, y, log_sums, dy) -> dq, dk, dv
 
     q, k, v, y and the gradients are [B, T, D]; cos and sin are [T, L], made by lane_tables.
+    log_sums [B, H, 1, T] in float32: log(sum(exp(scores))) of each query.
     """
     import jax  # only now: torch_xla has to open the TPU first
     import jax.numpy as jnp
@@ -146,42 +147,51 @@ def kernels(K):
         diagonal = jnp.where(allowed, matmul_nt(k[-Q:], q), -jnp.inf)
         return jnp.concatenate([matmul_nt(k[:-Q], q), diagonal], 0) if len(k) > Q else diagonal
 
-    # Forward, for the queries of a block:    S = q k^T,   P = softmax(S),   y = P v
+    def rows(x):
+        """x [Q, L] as [heads, K, Q]: queries along the lanes, as in transposed_scores."""
+        return x.T.reshape(-1, K, len(x))
 
-    def forward_program(q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref):
+    # Forward, for the queries of a block:    S = q k^T,   P = softmax(S),   y = P v
+    # The scores of all heads come first. So the matrix unit is busy during a softmax.
+
+    def forward_program(q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, log_sums_ref):
         q, k = rotated(q_ref, k_ref, cos_ref[...], sin_ref[...])  # [T, L]
         v = v_ref[...]  # [T, L]
         for queries, keys, lanes_of_heads in blocks(len(q)):
-            y = jnp.zeros((len(lanes_of_heads[0]), LANES), jnp.float32)  # [Q, L]
-            for lanes in lanes_of_heads:
-                s = scores(jnp.where(lanes, q[queries], 0), k[keys])  # [Q, N]
-                weights = jnp.exp(s - s.max(1, keepdims=True))
+            y = log_sums = jnp.zeros((len(lanes_of_heads[0]), LANES), jnp.float32)  # [Q, L]
+            of_heads = [scores(jnp.where(lanes, q[queries], 0), k[keys])  # [Q, N]
+                        for lanes in lanes_of_heads]
+            for lanes, s in zip(lanes_of_heads, of_heads):
+                shift = s.max(1, keepdims=True)  # [Q, 1]
+                weights = jnp.exp(s - shift)
                 denominator = weights.sum(1, keepdims=True)  # [Q, 1]
                 y = jnp.where(lanes, matmul(weights.astype(v.dtype), v[keys]) / denominator, y)
+                log_sums = jnp.where(lanes, shift + jnp.log(denominator), log_sums)
             y_ref[queries, :] = y.astype(y_ref.dtype)
+            log_sums_ref[:, :, queries] = rows(log_sums)[:, :1]  # the same in all K rows
 
     # Backward, from dy:    dv = P^T dy     dP = dy v^T     dS = P * (dP - rowsum(P * dP))
-    #                       dq = dS k       dk = dS^T q
+    #                       dq = dS k       dk = dS^T q     rowsum(P * dP) = rowsum(y * dy)
     # The code computes S, P and dS transposed, as [N, Q]. So P^T dy and dS^T q are plain products,
     # and only dS k needs a transposition. Every block adds to dk and dv of all the keys it sees.
 
-    def backward_program(q_ref, k_ref, v_ref, cos_ref, sin_ref, dy_ref, dq_ref, dk_ref, dv_ref,
-                         dk_sum, dv_sum):
+    def backward_program(q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, log_sums_ref, dy_ref,
+                         dq_ref, dk_ref, dv_ref, dk_sum, dv_sum):
         cos, sin = cos_ref[...], sin_ref[...]
         q, k = rotated(q_ref, k_ref, cos, sin)  # [T, L]
         v, dy = v_ref[...], dy_ref[...]  # [T, L]
         dk_sum[...], dv_sum[...] = jnp.zeros_like(dk_sum), jnp.zeros_like(dv_sum)
         for queries, keys, lanes_of_heads in blocks(len(q)):
             dq = jnp.zeros((len(lanes_of_heads[0]), LANES), jnp.float32)  # [Q, L]
-            for lanes in lanes_of_heads:
+            y_dy = y_ref[queries, :].astype(jnp.float32) * dy[queries].astype(jnp.float32)
+            row_sums = rows(y_dy).sum(1, keepdims=True)  # [heads, 1, Q]
+            for head, lanes in enumerate(lanes_of_heads):
                 head_q = jnp.where(lanes, q[queries], 0)  # [Q, L]
                 head_dy = jnp.where(lanes, dy[queries], 0)  # [Q, L]
                 s = transposed_scores(head_q, k[keys])  # [N, Q]
-                p = jnp.exp(s - s.max(0, keepdims=True))
-                p = p / p.sum(0, keepdims=True)
+                p = jnp.exp(s - log_sums_ref[head, :, queries])
                 dp = matmul_nt(v[keys], head_dy)  # [N, Q]
-                ds = p * (dp - (p * dp).sum(0, keepdims=True))
-                ds = ds.astype(q.dtype)
+                ds = (p * (dp - row_sums[head])).astype(q.dtype)
                 dv_sum[keys, :] += matmul(p.astype(q.dtype), head_dy)
                 dk_sum[keys, :] += matmul(ds, head_q)
                 dq = jnp.where(lanes, matmul_tn(ds, k[keys]), dq)
@@ -190,26 +200,32 @@ def kernels(K):
         dk_ref[...] = rotate(dk_sum[...], cos, -sin).astype(dk_ref.dtype)
         dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
 
-    def on_grid(program, q, *others, outputs, scratch=()):
-        """Runs the program for each window and group of lanes of the [B, T, D] arrays."""
-        B, T, D = q.shape
-        group = pl.BlockSpec((None, T, LANES), lambda b, g: (b, 0, g))  # of a [B, T, D] array
-        table = pl.BlockSpec((T, LANES), lambda b, g: (0, 0))  # cos and sin, the same for all
+    def on_grid(program, *inputs, outputs, scratch=()):
+        """Runs the program for each window and group of lanes of the [B, T, D] arrays. outputs:
+        arrays with the shapes and dtypes of the results."""
+        B, T, D = inputs[0].shape
+        parts = {  # what a program sees of an array, by the array's dimensions
+            2: pl.BlockSpec((T, LANES), lambda b, g: (0, 0)),  # cos and sin, the same for all
+            3: pl.BlockSpec((None, T, LANES), lambda b, g: (b, 0, g)),
+            4: pl.BlockSpec((None, LANES // K, 1, T), lambda b, g: (b, g, 0, 0)),  # log_sums
+        }
         return pl.pallas_call(
             program, grid=(B, D // LANES), name=program.__name__,
-            in_specs=[table if x.ndim == 2 else group for x in (q, *others)],
-            out_specs=[group] * outputs,
-            out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)] * outputs,
+            in_specs=[parts[x.ndim] for x in inputs],
+            out_specs=[parts[len(x.shape)] for x in outputs],
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
             scratch_shapes=[pltpu.VMEM((T, LANES), dtype) for dtype in scratch],
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"),
                                                  vmem_limit_bytes=64 << 20),
-        )(q, *others)
+        )(*inputs)
 
     def forward(q, k, v, cos, sin):
-        return on_grid(forward_program, q, k, v, cos, sin, outputs=1)[0]
+        B, T, D = q.shape
+        log_sums = jax.ShapeDtypeStruct((B, D // K, 1, T), jnp.float32)
+        return on_grid(forward_program, q, k, v, cos, sin, outputs=[q, log_sums])
 
-    def backward(q, k, v, cos, sin, dy):
-        return on_grid(backward_program, q, k, v, cos, sin, dy, outputs=3,
+    def backward(q, k, v, cos, sin, y, log_sums, dy):
+        return on_grid(backward_program, q, k, v, cos, sin, y, log_sums, dy, outputs=[q, k, v],
                        scratch=[jnp.float32] * 2)
 
     return forward, backward
@@ -243,31 +259,33 @@ def exported(kernel, *shapes):
                              disabled_checks=any_platform)(*shapes)
 
 
-def call(kernel, outputs, q, *others):
-    """kernel(q, *others) for XLA tensors, recorded as one operation. Each of its outputs has the
-    shape and dtype of q."""
-    if q.device.type != "xla":
-        raise RuntimeError(f'attention="flash" is a TPU kernel and the model is on "{q.device}"; '
+def call(kernel, *inputs):
+    """kernel(*inputs) for XLA tensors, recorded as one operation. Returns a list of tensors."""
+    device = inputs[0].device
+    if device.type != "xla":
+        raise RuntimeError(f'attention="flash" is a TPU kernel and the model is on "{device}"; '
                            'use attention="math"')
     from torch_xla.experimental.custom_kernel import (
         make_kernel_from_pallas,
         to_jax_shape_dtype_struct,
     )
 
-    kernel = exported(kernel, *map(to_jax_shape_dtype_struct, (q, *others))).call
-    return make_kernel_from_pallas(kernel, lambda q, *_: [(q.shape, q.dtype)] * outputs)(q, *others)
+    lowered = exported(kernel, *map(to_jax_shape_dtype_struct, inputs))
+    outputs = [(x.shape, getattr(torch, x.dtype.name)) for x in lowered.out_avals]
+    return make_kernel_from_pallas(lowered.call, lambda *_: outputs)(*inputs)
 
 
 class FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, K, *inputs):
         ctx.K = K
-        ctx.save_for_backward(*inputs)
-        return call(kernels(K)[0], 1, *inputs)
+        y, log_sums = call(kernels(K)[0], *inputs)
+        ctx.save_for_backward(*inputs, y, log_sums)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        dq, dk, dv = call(kernels(ctx.K)[1], 3, *ctx.saved_tensors, dy)
+        dq, dk, dv = call(kernels(ctx.K)[1], *ctx.saved_tensors, dy)
         return None, dq, dk, dv, None, None
 
 

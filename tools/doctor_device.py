@@ -172,14 +172,13 @@ def differs(x, expected, tolerance):
     return not abs(x - expected) <= tolerance * abs(expected)
 
 
-def as_on_a_cpu(kernel, outputs, *inputs):
+def as_on_a_cpu(kernel, *inputs):
     """Stands in for flash_attention.call: the same kernel, by Pallas' interpreter, as an operation
     of the graph."""
     from torch_xla.experimental.custom_kernel import to_jax_shape_dtype_struct
 
     computation = interpreted(kernel, *map(to_jax_shape_dtype_struct, inputs))
-    results = torch_xla._XLAC._xla_user_computation("xla::attention", list(inputs), computation)
-    return results[0] if outputs == 1 else tuple(results)
+    return torch_xla._XLAC._xla_user_computation("xla::attention", list(inputs), computation)
 
 
 @functools.cache

@@ -93,7 +93,7 @@ def count_cycles(hlo, chip, cores, attention):
             kind, cycles = "compiler", float(estimated[1])
         elif opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction:
             kind, line = "flash", "flash_attention.py"
-            backward = results.startswith("(")  # a tuple: only this one has several results
+            backward = results.count("[") == 3  # dq, dk and dv; forward has two results
             cycles = attention[backward]
         elif opcode in ("all-reduce", "all-reduce-start"):
             sent = 2 * (cores - 1) / cores * sizes[name]
@@ -154,6 +154,7 @@ def compile_kernels(config, topology, directory):
     group = jax.ShapeDtypeStruct((1, T, L), config.dtype)  # of q, k, v and dy
     table = jax.ShapeDtypeStruct((T, L), "float32")  # of cosines and sines
     inputs = group, group, group, table, table
+    log_sums = jax.ShapeDtypeStruct((1, config.n_heads * L // config.dim, 1, T), "float32")
 
     def count_bundles(kernel, *shapes):
         with mlir.make_ir_context():
@@ -164,7 +165,8 @@ def compile_kernels(config, topology, directory):
         return len(re.findall(r"^ *0x[0-9a-f]+ ", dump.read_text(), re.MULTILINE))
 
     forward, backward = flash_attention.kernels(config.dim // config.n_heads)
-    return [count_bundles(forward, *inputs), count_bundles(backward, *inputs, group)]
+    return [count_bundles(forward, *inputs),
+            count_bundles(backward, *inputs, group, log_sums, group)]
 
 
 # --- the estimate -------------------------------------------------------------------------------
