@@ -8,8 +8,9 @@ Shapes:  B  batch                T  time: tokens in a window     D  width of the
          H  attention heads      K  width of a head, D / H       V  vocabulary
          M  width of the SwiGLU  S  keys: T, or the length of the cache
 
-Precision: parameters are float32. The caller chooses the precision of the matrix products with
-torch.autocast. Norms, rotation, softmax and loss are always computed in float32.
+Precision: parameters are float32. With torch.autocast the caller chooses the precision of the
+matrix products and of the residual stream. Norms, rotation, softmax and loss are always computed in
+float32.
 """
 import dataclasses
 import math
@@ -287,6 +288,8 @@ class Llama(nn.Module):
         mask = key_positions > positions[:, None]  # [T, S]: no query sees a later key
 
         x = self.embed_tokens(tokens)  # [B, T, D]
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream is like the products
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.layers:
             x = block(x, cos, sin, mask, cache)
         return self.norm(x)

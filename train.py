@@ -74,8 +74,8 @@ class Config(ModelConfig):
     beta1: float = key(0.9, "AdamW's decay rate of the first moment", BELOW_ONE)
     beta2: float = key(0.95, "AdamW's decay rate of the second moment", BELOW_ONE)
     grad_clip: float = key(1.0, "clip the averaged gradient to this norm; 0: do not", at_least(0))
-    dtype: str = key("bfloat16", "number format of the matrix products; the rest is float32",
-                     one_of("bfloat16", "float32"))
+    dtype: str = key("bfloat16", "number format of matrix products and residual stream; the rest "
+                                 "is float32", one_of("bfloat16", "float32"))
     peak_tflops: float = session_key(0.0, "peak of one core in bfloat16, for mfu; 0: that of the "
                                           "chip, if it is a v5e or v6e; else there is no mfu",
                                      at_least(0))

@@ -18,8 +18,7 @@ def test_the_demo_learns_as_it_did(tmp_path):
         assert code == 0, err
     training, evaluations = rows(tmp_path / "run")
     losses = {row["step"]: row["loss"] for row in training}
-    # Another processor rounds sums in another way, and the difference grows from step to step. As
-    # much as another seed of the data changes them, none may differ.
+    # Another processor rounds sums in another way, and the difference grows from step to step.
     assert losses[1] == pytest.approx(8.3601, abs=1e-3)
     assert losses[100] == pytest.approx(5.596, abs=0.03)
     assert losses[1_300] == pytest.approx(4.039, abs=0.03)
@@ -33,6 +32,6 @@ def test_the_real_step_compiles_to_what_it_did(tmp_path):
     assert code == 0, err
     figures = json.loads(report.read_text())
     assert figures["graphs"] == [2, 2]
-    assert figures["hbm_gib"] == pytest.approx(4.93, rel=0.03)
-    assert figures["cycles"]["sum"] == pytest.approx(311.3e6, rel=0.01)
-    assert figures["cycles"]["flash"] == pytest.approx(51.6e6, rel=0.01)
+    assert figures["hbm_gib"] == pytest.approx(4.37, rel=0.03)
+    assert figures["cycles"]["sum"] == pytest.approx(289.5e6, rel=0.01)
+    assert figures["cycles"]["flash"] == pytest.approx(43.8e6, rel=0.01)
