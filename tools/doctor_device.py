@@ -221,8 +221,9 @@ def lower_kernels(config):
     x = jax.ShapeDtypeStruct((config.micro_batch_size, config.context, config.dim), dtype)
     table = jax.ShapeDtypeStruct((config.context, flash_attention.LANES), jnp.float32)
     forward, backward = flash_attention.kernels(K)
-    flash_attention.exported(forward, x, x, x, table, table)
-    flash_attention.exported(backward, x, x, x, table, table, x)
+    inputs = x, x, x, table, table
+    y, log_sums = flash_attention.exported(forward, *inputs).out_avals
+    flash_attention.exported(backward, *inputs, y, log_sums, x)
     yield "ok", "kernel: jax lowers both passes of flash attention for a TPU"
 
 
