@@ -225,11 +225,12 @@ class KVCache:
 
     def __init__(self, config, batch_size, device, length=None):
         """length: the number of tokens to make room for. Default and maximum: the context."""
-        self.length = length or config.context
+        self.batch_size, self.length = batch_size, length or config.context
         shape = batch_size, config.n_heads, self.length, config.dim // config.n_heads  # B, H, S, K
         self.keys = [torch.zeros(shape, device=device) for _ in range(config.n_layers)]
         self.values = [torch.zeros(shape, device=device) for _ in range(config.n_layers)]
         self.position = torch.zeros(1, device=device, dtype=torch.long)  # of the next token
+        self.slots = torch.arange(self.length, device=device)  # [S]: attention reads these
 
     def advance(self, count):
         """Moves on by `count` tokens, and returns their positions [count]."""
@@ -238,10 +239,11 @@ class KVCache:
         return self.new_positions
 
     def update(self, layer, k, v):
-        """Stores k and v [B, H, T, K] of the newest T tokens. Returns the whole cache: keys and
-        values, [B, H, S, K] each."""
-        return (self.keys[layer].index_copy_(2, self.new_positions, k),
-                self.values[layer].index_copy_(2, self.new_positions, v))
+        """Stores k and v [B, H, T, K] of the newest T tokens; with B = 1, for every text. Returns
+        the keys and values of B texts in self.slots, [B, H, S, K] each."""
+        for cached, new in ((self.keys[layer], k), (self.values[layer], v)):
+            cached.index_copy_(2, self.new_positions, new.expand(self.batch_size, -1, -1, -1))
+            yield cached[:len(new), :, :self.slots.size(0)]
 
 
 class Llama(nn.Module):
@@ -283,7 +285,7 @@ class Llama(nn.Module):
             cos, sin = self.cos[:T], self.sin[:T]  # [T, K]
         else:
             positions = cache.advance(T)  # [T]
-            key_positions = torch.arange(cache.length, device=tokens.device)  # [S]
+            key_positions = cache.slots  # [S]
             cos, sin = self.cos[positions], self.sin[positions]  # [T, K]
         mask = key_positions > positions[:, None]  # [T, S]: no query sees a later key
 

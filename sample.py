@@ -15,19 +15,22 @@ one of its cores; any other uses the CPU, in plain PyTorch.
 Read it from top to bottom: drawing a token, the loop that generates a text, the decoder that makes
 this loop fast, turning tokens into text, the command.
 
-Shapes:  T  tokens read at once    D  width of the model    V  vocabulary
+Shapes:  B  texts    T  tokens read at once    D  width of the model    V  vocabulary
 """
 import argparse
 import importlib.util
+import itertools
 import math
 import os
 import sys
 import time
 import warnings
 
-# With this variable set, torch stores the weights in memory pages of 2 MB, which makes sampling 2 %
-# faster. torch reads it while it is imported.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# torch reads these variables while it is imported.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # memory pages of 2 MB for large tensors
+# A thread of torch that waits for another one spins, by default for milliseconds. Where other
+# processes are busy, it takes the time of the very thread that it waits for. So it soon sleeps.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 
@@ -40,6 +43,7 @@ from nanoxla.prompts import read_prompts
 from nanoxla.tokenizer import load_tokenizer
 
 CHUNK = 128  # tokens of a prompt that an XLA device reads at once
+ROWS = 8  # texts that the CPU generates together
 
 
 # --- drawing tokens -----------------------------------------------------------------------------
@@ -62,36 +66,42 @@ def sample_token(logits, temperature, top_k, top_p, generator):
 
 
 def generate(decoder, ids, max_new_tokens, vocab_size, eos, temperature=0.8, top_k=0, top_p=1.0,
-             seed=0):
-    """Yields the token ids that continue the text `ids`.
+             seed=0, count=1):
+    """Continues the text `ids` `count` times, with the seeds seed, seed + 1 and so on. Yields the
+    next token id of each continuation, a list [count].
 
-    Stops at the token `eos` (which is not yielded), after max_new_tokens, or when the model's
-    context is full. vocab_size: that of the tokenizer; the model's may be larger, for padding. The
-    draws are made on the CPU, so a seed means the same draws on every device. Raises UserError if
-    the logits are not finite."""
-    generator = torch.Generator().manual_seed(seed)
+    A continuation ends with the token `eos`, which then repeats until all have ended; a list of eos
+    alone is not yielded. All end after max_new_tokens, or when the model's context is full.
+    vocab_size: that of the tokenizer; the model's may be larger, for padding. The draws are made on
+    the CPU, so a seed means the same draws on every device. Raises UserError if the logits are not
+    finite."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
     end = min(len(ids) + max_new_tokens, decoder.model.config.context)
-    decoder.reserve(end)
-    unread, position = ids, 0  # the tokens still to read, and the position of the first
-    while position + len(unread) < end:
-        logits = decoder.read(unread, position)[:vocab_size]  # without the padding
+    decoder.reserve(end, count)
+    tokens = [None] * count
+    unread, position = [ids], 0  # the tokens still to read [B, T], and the position of the first
+    while position + len(unread[0]) < end:
+        logits = decoder.read(unread, position)[:, :vocab_size]  # without the padding
         if not logits.isfinite().all():
             raise UserError("the model's logits are not finite: its weights are damaged, "
                             "or its training has diverged")
-        position += len(unread)
-        token = sample_token(logits, temperature, top_k, top_p, generator)
-        if token == eos:
+        position += len(unread[0])
+        # After the prompt, which all share, there is only one row of logits.
+        tokens = [eos if last == eos else sample_token(row, temperature, top_k, top_p, generator)
+                  for last, row, generator in zip(tokens, logits.expand(count, -1), generators)]
+        if all(token == eos for token in tokens):
             return
-        yield token
-        unread = [token]  # the decoder's cache holds the others
+        yield tokens
+        unread = [[token] for token in tokens]  # the decoder's cache holds the others
 
 
 # --- the decoder --------------------------------------------------------------------------------
 
 
 class Decoder:
-    """Reads the tokens of a text, and returns the logits of the next one. A KV cache holds the keys
-    and values of all tokens read so far, so the model computes each token only once.
+    """Reads the tokens of texts, and returns the logits of the next ones. A KV cache holds the keys
+    and values of all tokens read so far, so the model computes each token only once. The texts
+    begin with the same prompt, which is read once.
 
     XLA compiles a graph for every new shape, which takes seconds. So an XLA device uses two shapes,
     for any prompt and any length of text: a chunk of a prompt, [1, self.chunk], and a single token,
@@ -100,9 +110,10 @@ class Decoder:
     1 would become constants, and each would need a graph of its own.
 
     The CPU runs each operation immediately, whatever its shape. There a prompt is not padded, and
-    the cache is about as long as the text, because attention reads all of it. For a single token,
-    most of the time goes into reading the weights, and most of the rest into Python. So
-    torch.jit.trace records the operations once, and they are replayed without Python overhead.
+    attention reads only the part of the cache that is filled. For a single token, most of the time
+    goes into reading the weights. So several texts, which share this, take little longer than one.
+    Most of the rest goes into Python. So torch.jit.trace records the operations once, and they are
+    replayed without Python overhead.
     """
 
     def __init__(self, model, device="cpu"):
@@ -114,42 +125,44 @@ class Decoder:
             import torch_xla
             self.sync = torch_xla.sync
             # A divisor of the context, so that even a padded last chunk ends within it.
-            self.chunk = math.gcd(CHUNK, model.config.context)
+            self.chunk, self.rows = math.gcd(CHUNK, model.config.context), 1
         else:
             self.sync = lambda: None
-            self.chunk = model.config.context
-            for layer in model.modules():
-                if isinstance(layer, torch.nn.Linear):
-                    # The same matrix, stored column by column: 5 % faster for a single token.
-                    layer.weight.data = layer.weight.data.t().contiguous().t()
+            self.chunk, self.rows = model.config.context, ROWS
+            # One tensor for all weights: of small ones, much would not be in pages of 2 MB.
+            weights = torch.nn.utils.parameters_to_vector(model.parameters())
+            torch.nn.utils.vector_to_parameters(weights, model.parameters())
         self.device = torch.device(device)
         model.to(self.device)
 
-    def reserve(self, length):
-        """Makes room for a text of `length` tokens, at most the context. A cache that is too short
-        is replaced by a longer, empty one."""
-        if self.cache is None or self.cache.length < length:
+    def reserve(self, length, count=1):
+        """Makes room for `count` texts of `length` tokens, at most the context. A cache that does
+        not fit is replaced by another, empty one."""
+        if self.cache is None or self.cache.length < length or self.cache.batch_size != count:
             context = self.model.config.context
             power_of_two = 1 << (length - 1).bit_length()
             room = context if self.on_xla else min(context, power_of_two)
-            self.cache = KVCache(self.model.config, 1, self.device, room)
-            self.traced = None
+            self.cache = KVCache(self.model.config, count, self.device, room)
+            self.slots, self.traced = self.cache.slots, None
             # Make the zeros now. Otherwise the next graph would also make them, and differ from
             # the graphs after it: XLA would compile one more.
             self.sync()
 
     @torch.no_grad()  # torch.inference_mode does not work on XLA
-    def read(self, ids, position):
-        """Reads a list of token ids, the first of which is at `position` in the text. All earlier
-        tokens must have been read. Returns the logits [V] of the token that follows, on the CPU."""
-        for start in range(0, len(ids), self.chunk):
-            part = ids[start:start + self.chunk]
-            padding = self.chunk - len(part) if self.on_xla and len(part) > 1 else 0
+    def read(self, texts, position):
+        """Reads token ids [B, T], the first of which are at `position` in their texts. All earlier
+        tokens must have been read. A single row is read for all texts. Returns the logits [B, V] of
+        the tokens that follow, on the CPU."""
+        for start in range(0, len(texts[0]), self.chunk):
+            parts = [ids[start:start + self.chunk] for ids in texts]
+            T = len(parts[0])
+            padding = self.chunk - T if self.on_xla and T > 1 else 0
             inputs = [torch.tensor(values).to(self.device) for values in (
-                [part + [0] * padding],  # tokens [1, T]
+                [part + [0] * padding for part in parts],  # tokens [B, T]
                 [position + start],  # position [1] of the first
-                [len(part) - 1])]  # index [1] of the last, before the padding
-            if len(part) > 1 or self.on_xla:
+                [T - 1])]  # index [1] of the last, before the padding
+            inputs.append(self.slots if self.on_xla else self.slots[:position + start + T])
+            if T > 1 or self.on_xla or len(texts) < self.cache.batch_size:
                 logits = self.compute(*inputs)
             else:
                 self.traced = self.traced or trace(self.compute, inputs)
@@ -159,12 +172,13 @@ class Decoder:
             self.sync()
         return logits.cpu()
 
-    def compute(self, tokens, position, last):
-        """The logits [V] of the token that follows tokens[:, last]. tokens [1, T]; position [1] of
-        the first of them; last [1]."""
-        self.cache.position = position  # the last chunk advanced over its padding
-        hidden = self.model.hidden(tokens, self.cache)  # [1, T, D]
-        return self.model.lm_head(hidden.index_select(1, last))[0, 0]  # [V]
+    def compute(self, tokens, position, last, slots):
+        """The logits [B, V] of the tokens that follow tokens[:, last]. tokens [B, T]; position [1]
+        of the first of them; last [1]; slots [S] of the cache that attention reads."""
+        # The last chunk advanced the position over its padding.
+        self.cache.position, self.cache.slots = position, slots
+        hidden = self.model.hidden(tokens, self.cache)  # [B, T, D]
+        return self.model.lm_head(hidden.index_select(1, last))[:, 0]  # [B, V]
 
 
 def trace(function, inputs):
@@ -173,7 +187,8 @@ def trace(function, inputs):
     Tracing calls the function once. The function writes to the cache, so the inputs must be
     real."""
     with warnings.catch_warnings():
-        # The warning says that shapes become constants. Ours never change.
+        # The warning says that Python numbers become constants. Ours never change: the number of
+        # slots is the size of an input, and a size is traced.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         return torch.jit.trace(function, inputs, check_trace=False)
 
@@ -258,20 +273,24 @@ def continue_prompt(prompt, decoder, processor, arguments):
     if len(ids) >= context:
         raise UserError(f"the prompt has {len(ids):,} tokens; the model's context of {context:,} "
                         f"has room for {context - 1:,} and a new token")
-    total = 0
-    for i in range(arguments.num_samples):
-        tokens = generate(decoder, ids, arguments.max_new_tokens, processor.vocab_size(),
-                          processor.eos_id(), arguments.temperature, arguments.top_k,
-                          arguments.top_p, arguments.seed + i)
-        print(prompt, end="", flush=True)
-        count = -1  # stream yields once more than there are tokens
-        for text in stream(processor, ids, tokens):
-            print(text, end="", flush=True)
-            count += 1
-        print("\n", flush=True)
-        total += count
-        if len(ids) + count == context and count < arguments.max_new_tokens:
-            print(f"[the model's context of {context:,} tokens is full]\n", file=sys.stderr)
+    total, eos = 0, processor.eos_id()
+    for first in range(0, arguments.num_samples, decoder.rows):
+        rows = min(decoder.rows, arguments.num_samples - first)
+        steps = generate(decoder, ids, arguments.max_new_tokens, processor.vocab_size(), eos,
+                         arguments.temperature, arguments.top_k, arguments.top_p,
+                         arguments.seed + first, rows)
+        # The first continuation appears as it is generated. tee keeps the others until it ends.
+        for row, copy in enumerate(itertools.tee(steps, rows)):
+            tokens = itertools.takewhile(lambda token: token != eos, (step[row] for step in copy))
+            print(prompt, end="", flush=True)
+            count = -1  # stream yields once more than there are tokens
+            for text in stream(processor, ids, tokens):
+                print(text, end="", flush=True)
+                count += 1
+            print("\n", flush=True)
+            total += count
+            if len(ids) + count == context and count < arguments.max_new_tokens:
+                print(f"[the model's context of {context:,} tokens is full]\n", file=sys.stderr)
     return total
 
 

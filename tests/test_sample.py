@@ -21,7 +21,7 @@ from nanoxla import checkpoint, files
 from nanoxla.checkpoint import find_checkpoint
 from nanoxla.errors import UserError
 from nanoxla.tokenizer import load_tokenizer
-from sample import Decoder, generate, sample_token, stream
+from sample import Decoder, sample_token, stream
 
 MODEL = ModelConfig(vocab_size=300, dim=48, n_layers=2, n_heads=3, hidden_dim=64, context=384)
 ONE_LAYER = dataclasses.replace(MODEL, n_layers=1)
@@ -47,6 +47,11 @@ def processor(trained):
 
 
 # --- tokens -------------------------------------------------------------------------------------
+
+
+def generate(*arguments, **options):
+    """The token ids of a single continuation."""
+    return (token for token, in sample.generate(*arguments, **options))
 
 
 def greedy_without_cache(model, ids, count):
@@ -107,6 +112,20 @@ def test_generation_stops_at_eos_and_never_draws_padding():
     assert max(drawn) < 280
     first = next(generate(decoder, [1, 2], 30, 280, eos=-1, seed=3))
     assert list(generate(decoder, [1, 2], 30, 280, eos=first, seed=3)) == []
+
+
+@pytest.mark.parametrize("prompt", [[1], [1, 5, 9, 2, 7]])
+def test_texts_generated_together_equal_each_alone(random_run, prompt):
+    decoder, options = Decoder(load(random_run)), {"temperature": 1.5, "top_k": 50}
+    drawn = [token for seed in range(5) for token in
+             generate(decoder, prompt, 60, 300, eos=-1, seed=seed, **options)]
+    eos = max(set(drawn[20:]), key=drawn.count)  # so some end early, at different lengths
+    alone = [list(generate(decoder, prompt, 60, 300, eos, seed=seed, **options))
+             for seed in range(5)]
+    assert len({len(tokens) for tokens in alone}) > 1
+    steps = list(sample.generate(decoder, prompt, 60, 300, eos, count=5, **options))
+    together = [list(tokens) for tokens in zip(*steps)]
+    assert together == [tokens + [eos] * (len(steps) - len(tokens)) for tokens in alone]
 
 
 def test_draws_follow_temperature_top_k_and_top_p():
@@ -184,6 +203,13 @@ def test_a_seed_gives_the_same_text_on_every_device(trained, sampled):
     assert out == sampled(*command)[0] + sampled(*command, "--seed", 1)[0]
     first, second, _ = out.split("\n\n")
     assert first != second and first.startswith("we the") and second.startswith("we the")
+
+
+def test_samples_appear_in_the_order_of_their_seeds(random_run, sampled):
+    command = ["--checkpoint", random_run, "--prompt", "we", "--max-new-tokens", 6]
+    count = sample.ROWS + 2  # the last two are a group of their own
+    together = sampled(*command, "--num-samples", count, "--seed", 3)[0]
+    assert together == "".join(sampled(*command, "--seed", 3 + i)[0] for i in range(count))
 
 
 def test_an_empty_prompt_starts_a_document_and_a_full_context_prints_a_note(trained, sampled,

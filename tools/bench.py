@@ -336,7 +336,8 @@ def time_sampling(load, directory):
 def load_ours(directory):
     """A function that returns the `count` greedy tokens that continue PROMPT."""
     decoder = Decoder(load_model(*hf_directory.read(directory), directory))
-    return lambda count: list(generate(decoder, PROMPT, count, 32_000, eos=-1, temperature=0))
+    return lambda count: [token for token, in generate(decoder, PROMPT, count, 32_000, eos=-1,
+                                                       temperature=0)]
 
 
 def load_transformers(directory):
