@@ -162,9 +162,11 @@ def main():
     names = "task", "metric", "value", "stderr", "items"
     content = json.dumps([dict(zip(names, row)) for row in rows], indent=1)
     write_file(directory / "evaluation.json", content.encode() + b"\n")
-    add_to_card(directory / "README.md", rows)
     print_table(rows)
-    print(f"written to {directory}/evaluation.json and its README.md")
+    print(f"written to {directory}/evaluation.json")
+    card = directory / "README.md"
+    if card.is_file():
+        add_to_card(card, rows)
 
 
 if __name__ == "__main__":
