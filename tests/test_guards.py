@@ -20,9 +20,9 @@ def test_the_demo_learns_as_it_did(tmp_path):
     losses = {row["step"]: row["loss"] for row in training}
     # Another processor rounds sums in another way, and the difference grows from step to step.
     assert losses[1] == pytest.approx(8.3601, abs=1e-3)
-    assert losses[100] == pytest.approx(5.596, abs=0.03)
-    assert losses[1_300] == pytest.approx(4.039, abs=0.03)
-    assert evaluations[-1]["val_loss"] == pytest.approx(4.072, abs=0.02)
+    assert losses[100] == pytest.approx(5.596, abs=0.05)
+    assert losses[1_300] == pytest.approx(4.039, abs=0.05)
+    assert evaluations[-1]["val_loss"] == pytest.approx(4.072, abs=0.03)
 
 
 def test_the_real_step_compiles_to_what_it_did(tmp_path):
