@@ -43,7 +43,7 @@ from nanoxla.prompts import read_prompts
 from nanoxla.tokenizer import load_tokenizer
 
 CHUNK = 128  # tokens of a prompt that an XLA device reads at once
-ROWS = 8  # texts that the CPU generates together
+ROWS = 8  # texts that the CPU generates together; the last bits of logits may depend on it
 
 
 # --- drawing tokens -----------------------------------------------------------------------------
