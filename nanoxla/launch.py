@@ -100,8 +100,9 @@ def run_on_all_cores(spawn, worker, arguments, hang_minutes):
             workers.update(alive)
             # The process pool in xmp.spawn watches the workers that existed when it last woke up.
             # It misses the end of one that started after that, so look here.
+            missing = any_lost(directory)  # first, so that it is among those that are gone
             gone = {process for process in workers if not exists(process.pid)}
-            if any(process.exitcode for process in gone) or any_lost(directory):
+            if missing or any(process.exitcode for process in gone):
                 lost = gone if lost is None else lost  # before anything is killed here
                 kill(workers)
             if hanging := watchdog.look(alive):

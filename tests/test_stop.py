@@ -166,13 +166,15 @@ def seen_for_a_second():
             if time.monotonic() - first_seen.setdefault(process.pid, time.monotonic()) > 1]
 
 class LateExitCode(multiprocessing.context.SpawnProcess):
-    gone = False
+    late = True
 
     @property
     def exitcode(self):  # None at first, as when another thread is reaping the process just now
-        code, late = super().exitcode, not self.gone
-        self.gone = code is not None
-        return None if late else code
+        return None if LateExitCode.late else super().exitcode
+
+    def kill(self):
+        LateExitCode.late = False
+        super().kill()
 
 if __name__ == "__main__":
     if "unseen" in sys.argv[1]:
@@ -198,6 +200,7 @@ def workers(tmp_path):
         if not at_once:
             for _ in range(3):
                 wait_for_line(process, "here")
+            time.sleep(0.5)  # so that the main process has seen them: it looks ten times a second
             (tmp_path / "workers.py.go").touch()
         return process
     return begin
