@@ -60,7 +60,8 @@ def peak_flops(config):
     if neither is known."""
     if config.peak_tflops:
         return 1e12 * config.peak_tflops
-    return KINDS[kind()].peak if kind() else None
+    name = kind()
+    return KINDS[name].peak if name else None
 
 
 def chips():

@@ -73,6 +73,11 @@ def parse_rows(path):
     return rows, damaged
 
 
+def any_training(rows):
+    """Whether one of the rows is of training, so that there is a curve to draw."""
+    return any(is_number(row.get("loss")) for row in rows)
+
+
 def read_rows(run):
     """The rows of a run, of which at least one is of training. Prints a note on damaged lines."""
     path = metrics_path(run)
@@ -80,7 +85,7 @@ def read_rows(run):
     if damaged:
         print(f"note: skipped {len(damaged)} damaged lines of {path}, the first is line "
               f"{damaged[0]}", file=sys.stderr)
-    if not any(is_number(row.get("loss")) for row in rows):
+    if not any_training(rows):
         raise UserError(f"{run} has no training rows yet")
     return rows
 
@@ -89,7 +94,7 @@ def wait_for_rows(run, pause):
     """Waits until a run, which may not have begun yet, has a training row. pause: seconds between
     two looks."""
     path, waiting = Path(run, "metrics.jsonl"), False
-    while not (path.is_file() and any(is_number(row.get("loss")) for row in parse_rows(path)[0])):
+    while not (path.is_file() and any_training(parse_rows(path)[0])):
         if not waiting:
             print(f"waiting for the first row of {run}", flush=True)
         waiting = True

@@ -77,8 +77,6 @@ def build(config, variant, weights):
     if variant.everything:
         for p in model.parameters():
             p.data = p.data.to(LOW)
-    if not variant.stream:
-        torch.is_autocast_enabled = lambda *_: False  # model.py asks this for the stream only
     return model.to(torch_xla.device())
 
 
@@ -127,6 +125,8 @@ def train_once(config, variant, weights):
     """Trains one model. Returns a dict: its validation loss in float32; at some steps, the learning
     rate and the share of weights that the step left unchanged; and its weights, in float32."""
     torch.set_num_threads(1)
+    if not variant.stream:  # model.py asks this for the stream only, and this process ends with us
+        torch.is_autocast_enabled = lambda *_: False
     train_data, val_data = data.open_data(config)
     device = torch_xla.device()
     model = build(config, variant, weights)

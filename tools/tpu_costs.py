@@ -164,8 +164,9 @@ def compile_kernels(config, topology, directory):
                  if kernel.__name__ in path.name and "schedule-analysis" not in path.name)
         text = dump.read_text()
         bundles = len(re.findall(r"^ *0x[0-9a-f]+ ", text, re.MULTILINE))
-        # A vmatmul passes 16 rows of bfloat16 through one matrix unit, a row in a cycle. The
-        # scheduler starts them faster than that, so the unit may take longer than the bundles.
+        # On a v5e, a vmatmul passes 16 rows of bfloat16 through one matrix unit, a row in a cycle.
+        # The scheduler starts them faster than that, so the unit may take longer than the bundles.
+        # (A v6e's products have another name, and their rate is not published.)
         of_units = collections.Counter(re.findall(r"vmatmul\.bf16\S*\.mxu(\d)", text))
         return max(bundles, 16 * max(of_units.values(), default=0))
 
