@@ -1,5 +1,5 @@
-# make demo       install into .venv, prepare a corpus, train on the CPU through torch_xla (minutes),
-#                 draw the loss curves, print samples
+# make demo       install into .venv, prepare a corpus, train on the CPU through torch_xla
+#                 (minutes), draw the loss curves, print samples
 # make test       what CI runs: lint and tests, without a TPU. Only installing needs the network.
 # make test-eval  conversion under transformers 5 and lm-evaluation-harness, in .venv-eval
 # make test-guards  the demo's losses and the TPU compiler's figures are those that README.md states
