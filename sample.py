@@ -30,7 +30,7 @@ import warnings
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # memory pages of 2 MB for large tensors
 # A thread of torch that waits for another one spins, by default for milliseconds. Where other
 # processes are busy, it takes the time of the very thread that it waits for. So it soon sleeps.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 

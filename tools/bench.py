@@ -3,12 +3,15 @@ first, because they vary less between machines than times do.
 
     python tools/bench.py            # or: make bench
 
+Ours and the peers take turns, --runs times. Each turn gives a ratio. A row has the median of the
+ratios, the lowest and the highest, and the medians of both sides. All use huge memory pages, as
+train.py and sample.py do; their other settings are their own.
+
 train    Training tokens/s of `train.py config/demo.py` on the CPU, through torch_xla. Compared with
-         two peers of the same shape, batch size, precision (float32) and optimiser (AdamW with
-         clipping): transformers' LlamaForCausalLM under its Trainer, through torch_xla; and our
-         model in eager PyTorch with torch.optim.AdamW. They take turns, each time in a new process.
-         The first steps, which compile, do not count. train.py asks for huge memory pages, and the
-         peers do not; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 gives them to all.
+         three peers of the same shape, batch size, precision (float32) and optimiser (AdamW with
+         clipping): transformers' LlamaForCausalLM under its Trainer, through torch_xla; our model
+         in eager PyTorch with torch.optim.AdamW; and the same with torch.compile, which needs a C++
+         compiler. Each turn is a new process. The first steps, which compile, do not count.
 host     The time of Python for a step of config/fwedu_124m.py (host_time.py).
 loader   The time to read a batch of 32 windows of 1,024 tokens from 10 billion tokens, and the
          memory that hundreds of batches use. The shards are sparse files: opening and reading them
@@ -23,13 +26,15 @@ save     How long training waits for a checkpoint of config/fwedu_124m.py (1.6 G
 load     The time to verify the checksums and to restore it, compared with the same copy.
 sample   Greedy tokens/s of sample.py on the CPU, compared with transformers' `generate` and its
          cache: the shape of config/fwedu_124m.py with random weights in float32, one text, a prompt
-         of 32 tokens and 200 new ones, which must be the same. The notes compare the time to the
-         first token and the peak memory. They take turns, each time in a new process, after a
-         generation that does not count.
+         of 32 tokens and 200 new ones, which must be the same. Each turn is a new process, after a
+         generation that does not count. The notes compare the time to the first token and the peak
+         memory.
 """
 import os
 
 os.environ["PJRT_DEVICE"] = "CPU"  # before torch_xla is imported
+# Huge memory pages in all processes that are started from here.
+os.environ |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
 
 import argparse
 import collections
@@ -68,24 +73,27 @@ from nanoxla.shards import TOKEN_DTYPE, find_shards, read_meta
 from nanoxla.tokenizer import load_tokenizer, train_tokenizer
 from sample import Decoder, generate
 
+# Importing sample.py has set this variable, for its own process; the peers are to start without it.
+SPIN = {"GOMP_SPINCOUNT": os.environ.pop("GOMP_SPINCOUNT")}
 DEMO, REFERENCE = ROOT / "config/demo.py", ROOT / "config/fwedu_124m.py"
 
 
-def print_row(name, ratio, ours, peer="", notes=""):
-    """ratio: our speed divided by the peer's; for save and load, our time divided by the peer's.
-    None if there is no peer."""
-    ratio = "" if ratio is None else f"{ratio:.2f} x"
-    print(f"{name:8} {ratio:>7}  {ours:20} {peer:24} {notes}".rstrip(), flush=True)
+def print_row(name, ratios, ours, peer="", notes=""):
+    """ratios: one for each turn, our speed divided by the peer's; for save and load, our time
+    divided by the peer's. Empty if there is no peer."""
+    ratio = f"{statistics.median(ratios):.2f} x" if ratios else ""
+    spread = f"{min(ratios):.2f}-{max(ratios):.2f}" if ratios else ""
+    print(f"{name:8} {ratio:>7}  {spread:10} {ours:20} {peer:25} {notes}".rstrip(), flush=True)
 
 
-def median_seconds(function, runs):
-    """The median time of several calls, after one that does not count."""
-    times = []
-    for _ in range(runs + 1):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+def divide(numerators, denominators):
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+def seconds(function, *arguments):
+    started = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - started
 
 
 def memory(key):
@@ -106,16 +114,17 @@ def bench_train(directory, runs):
     for split in SPLITS:
         ids = draw.integers(0, config.vocab_size, 1_000_000).astype(TOKEN_DTYPE)
         ids.tofile(directory / f"{split}_00000.bin")
-    peers = {"ours": train_with_ours, "Trainer": train_with_transformers, "eager": train_eagerly}
+    peers = {"ours": train_with_ours, "Trainer": train_with_transformers,
+             "eager": train_eagerly, "torch.compile": train_compiled}
     times = collections.defaultdict(list)
     for _, name in itertools.product(range(runs), peers):
         times[name].append(call_in_new_process(peers[name], directory))
     tokens = (STEPS - UNCOUNTED) * config.batch_size * config.context
-    median = {name: statistics.median(values) for name, values in times.items()}
-    ours = median.pop("ours")
-    for name, theirs in median.items():
-        print_row("train", theirs / ours, f"{tokens / ours:,.0f} tokens/s",
-                  f"{name}: {tokens / theirs:,.0f}")
+    ours = times.pop("ours")
+    for name, theirs in times.items():
+        print_row("train", divide(theirs, ours),
+                  f"{tokens / statistics.median(ours):,.0f} tokens/s",
+                  f"{name}: {tokens / statistics.median(theirs):,.0f}")
 
 
 def train_with_ours(directory):
@@ -170,10 +179,21 @@ def train_with_transformers(directory):
     return times[1] - times[0]
 
 
-def train_eagerly(directory):
-    """The seconds of the counted steps of our model without XLA, with PyTorch's own optimiser."""
+def train_compiled(directory):
+    return train_eagerly(directory, torch.compile)
+
+
+def train_eagerly(directory, compiled=lambda function: function):
+    """The seconds of the counted steps of our model without XLA, with PyTorch's own optimiser.
+    compiled: applied to the loss."""
     config = train.load_config(DEMO)
     model = Llama(config, seed=0)
+
+    @compiled
+    def loss(windows):
+        logits = model(windows[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
     matrices, norms = ([p for p in model.parameters() if (p.dim() == 2) == wanted]
                        for wanted in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
@@ -182,8 +202,7 @@ def train_eagerly(directory):
     for step, windows in enumerate(batches(directory, config)):
         if step == UNCOUNTED:
             started = time.perf_counter()
-        logits = model(windows[:, :-1])
-        F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()
+        loss(windows).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, config)
@@ -195,7 +214,7 @@ def train_eagerly(directory):
 def bench_host(directory, runs):
     config = train.load_config(REFERENCE)
     times = [call_in_new_process(host_ms, config) for _ in range(runs)]
-    print_row("host", None, f"{statistics.median(times):.1f} ms a step")
+    print_row("host", [], f"{statistics.median(times):.1f} ms a step")
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -210,11 +229,9 @@ def bench_loader(directory, runs):
     dataset = TokenDataset(paths, context=1_024, vocab_size=32_000)
     count, times = 300 * runs, []
     for step in range(count):
-        started = time.perf_counter()
-        dataset.batch(step, batch_size=256, seed=0, rank=0, world_size=8)
-        times.append(1e3 * (time.perf_counter() - started))
+        times.append(1e3 * seconds(dataset.batch, step, 256, 0, 0, 8))  # seed 0, core 0 of 8
     used = (memory("RssAnon") - before) / 2**20
-    print_row("loader", None, f"{statistics.median(times):.2f} ms a batch",
+    print_row("loader", [], f"{statistics.median(times):.2f} ms a batch",
               notes=f"99 % under {np.quantile(times, 0.99):.2f} ms; "
                     f"{used:.1f} MB for {count:,} batches")
 
@@ -237,10 +254,12 @@ def bench_prepare(directory, runs):
         splits = read_meta(directory / "out")["splits"].values()
         assert sum(split["tokens"] for split in splits) == tokens
 
-    peer = median_seconds(lambda: processor.encode(texts, num_threads=cores), runs)
-    ours = median_seconds(prepare, runs)
-    print_row("prepare", peer / ours, f"{tokens / ours:,.0f} tokens/s",
-              f"SentencePiece: {tokens / peer:,.0f}", f"{cores} cores")
+    turns = [(seconds(prepare), seconds(lambda: processor.encode(texts, num_threads=cores)))
+             for _ in range(runs + 1)]
+    ours, theirs = zip(*turns[1:])  # the first does not count
+    print_row("prepare", divide(theirs, ours),
+              f"{tokens / statistics.median(ours):,.0f} tokens/s",
+              f"SentencePiece: {tokens / statistics.median(theirs):,.0f}", f"{cores} cores")
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -265,9 +284,7 @@ def bench_checkpoint(directory, runs):
 
     def timed(name, function, *arguments):
         os.sync()
-        started = time.perf_counter()
-        function(*arguments)
-        times[name].append(time.perf_counter() - started)
+        times[name].append(seconds(function, *arguments))
 
     def save(step):
         timed("wait", saver.save, step, model, optimizer, False)
@@ -289,11 +306,13 @@ def bench_checkpoint(directory, runs):
         shutil.rmtree(directory / "copy")
         timed("verify", checkpoint.verify, newest)
         timed("restore", restore_all, newest)
-    median = {name: statistics.median(values[1:]) for name, values in times.items()}
-    load, peer = median["verify"] + median["restore"], f"cp and fsync: {median['copy']:.2f} s"
-    print_row("save", median["wait"] / median["copy"], f"{median['wait']:.2f} s of waiting", peer,
-              f"on the disk after {median['save']:.2f} s")
-    print_row("load", load / median["copy"], f"{load:.2f} s", peer,
+    times = {name: values[1:] for name, values in times.items()}  # the first does not count
+    times["load"] = [sum(both) for both in zip(times["verify"], times["restore"])]
+    median = {name: statistics.median(values) for name, values in times.items()}
+    peer = f"cp and fsync: {median['copy']:.2f} s"
+    print_row("save", divide(times["wait"], times["copy"]), f"{median['wait']:.2f} s of waiting",
+              peer, f"on the disk after {median['save']:.2f} s")
+    print_row("load", divide(times["load"], times["copy"]), f"{median['load']:.2f} s", peer,
               f"{median['verify']:.2f} s of it to verify")
 
 
@@ -309,14 +328,16 @@ def bench_sample(directory, runs):
     tensors = hf_tensors(Llama(config, seed=0), "float32")
     checkpoint.write_tensors(directory / "model.safetensors", tensors)
     results = collections.defaultdict(list)
-    for _, load in itertools.product(range(runs), (load_ours, load_transformers)):
-        results[load].append(call_in_new_process(time_sampling, load, directory))
+    for _ in range(runs):
+        for load, settings in ((load_ours, SPIN), (load_transformers, {})):
+            results[load].append(call_in_new_process(time_sampling, load, directory,
+                                                     environment=settings))
     ours, theirs = ([*zip(*results[load])] for load in (load_ours, load_transformers))
     if ours[0] != theirs[0]:
         raise SystemExit("the greedy tokens differ from those of transformers")
     first, total, peak = map(statistics.median, ours[1:])
     their_first, their_total, their_peak = map(statistics.median, theirs[1:])
-    print_row("sample", their_total / total, f"{NEW_TOKENS / total:.1f} tokens/s",
+    print_row("sample", divide(theirs[2], ours[2]), f"{NEW_TOKENS / total:.1f} tokens/s",
               f"transformers: {NEW_TOKENS / their_total:.1f}",
               f"the first after {1e3 * first:.0f} against {1e3 * their_first:.0f} ms; "
               f"{peak / 2**20:,.0f} against {their_peak / 2**20:,.0f} MB")
@@ -361,8 +382,8 @@ def main():
                "prepare": bench_prepare, "checkpoint": bench_checkpoint, "sample": bench_sample}
     parser = argparse.ArgumentParser(
         description="The speed of training, data, checkpoints and sampling on this machine.")
-    parser.add_argument("--runs", type=int, default=3,
-                        help="runs of each; the median counts (%(default)s)")
+    parser.add_argument("--runs", type=int, default=5,
+                        help="turns of each; the median counts (%(default)s)")
     parser.add_argument("--only", choices=benches, help="run one of them (default: all)")
     arguments = parser.parse_args()
     for name, bench in benches.items():
