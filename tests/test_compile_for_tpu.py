@@ -10,6 +10,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import compile_for_tpu
 
+from nanoxla.tpu import KINDS
+
 SMALL = dict(vocab_size=1_024, dim=256, n_layers=2, n_heads=4, hidden_dim=512, context=256,
              batch_size=128, micro_batch_size=4, max_steps=1_000, warmup_steps=10, eval_every=500,
              eval_batches=2, attention="flash")
@@ -81,6 +83,25 @@ def test_the_report_adds_up(report):
     assert any(line.startswith("model.py:") for line in figures["lines"])
     assert "nothing ran on a TPU" in out and "whole run" in out and "host_ms" in out
     assert len(graphs) == 4
+
+
+def test_a_gather_and_a_scatter_move_rows_and_not_their_table():
+    """8,192 tokens look up their embeddings; then their gradients are added to the table's."""
+    from tpu_costs import count_cycles
+    hlo = """
+ENTRY %main {
+  %table = f32[32000,768]{1,0} parameter(0)
+  %ids = s32[8192]{0} parameter(1)
+  %rows = f32[8192,768]{1,0} gather(%table, %ids), metadata={op_name="model.py_1.1/gather"}
+  %sums = f32[32000,768]{1,0} scatter(%table, %ids, %rows), metadata={op_name="model.py_2.1/add"}
+}"""
+    ids, rows = 4 * 8_192, 4 * 8_192 * 768
+    chip = KINDS["v5e"]
+    by_kind, by_line = count_cycles(hlo, chip, 1, None)
+    gather, scatter = ids + 2 * rows, ids + rows + 2 * rows  # it reads the rows that it adds, too
+    assert by_line["model.py:1"] == pytest.approx(gather * chip.clock / chip.memory)
+    assert by_line["model.py:2"] == pytest.approx(scatter * chip.clock / chip.memory)
+    assert by_kind["moved"] == by_kind.total() == by_line.total()
 
 
 def test_a_float32_model_compiles(tmp_path):

@@ -13,7 +13,7 @@ to take longer than they do. docs/tpu_compiler.md compares it with measured time
 
   operations         The cycles that the compiler expects for each operation.
   gather, scatter,   Used by the embedding. The compiler has no estimate, so these count as the time
-  sort               to read and write their bytes at the speed of the chip's memory (HBM).
+  sort               to read and write their rows at the speed of the chip's memory (HBM).
   flash attention    Here the compiler has no estimate either. A kernel of flash_attention.py is a
                      program without branches: one instruction bundle a cycle, for each window and
                      each 128 lanes of heads. libtpu compiles the kernel alone, and its bundles are

@@ -99,9 +99,8 @@ def count_cycles(hlo, chip, cores, attention):
             sent = 2 * (cores - 1) / cores * sizes[name]
             kind, cycles = "all_reduce", chip.clock * sent / chip.link
         elif opcode in ("fusion", "gather", "scatter", "sort"):
-            inputs = re.findall(r"%[\w.-]+", operands)
-            moved = sizes[name] + sum(sizes.get(operand, 0) for operand in inputs)
-            kind, cycles = "moved", chip.clock * moved / chip.memory
+            inputs = [sizes.get(operand, 0) for operand in re.findall(r"%[\w.-]+", operands)]
+            kind, cycles = "moved", chip.clock * moved_bytes(sizes[name], inputs) / chip.memory
         elif opcode == "while":
             raise NotImplementedError("the graph has a loop; its body would be counted only once")
         else:
@@ -109,6 +108,17 @@ def count_cycles(hlo, chip, cores, attention):
         by_kind[kind] += cycles
         by_line[line] += cycles
     return by_kind, by_line
+
+
+def moved_bytes(result, inputs):
+    """The bytes that a gather, scatter or sort reads and writes. result, inputs: sizes in bytes.
+
+    A gather reads from a table, its first input, only the rows that are its result. A scatter also
+    has an input of rows to add to its table; it reads and writes only these rows there, in place.
+    A sort is small, and counts as a gather."""
+    others = inputs[1:]
+    is_scatter = len(others) > 1 and result == inputs[0]
+    return sum(others) + 2 * (max(others) if is_scatter else result)
 
 
 def source_line(instruction):
