@@ -129,9 +129,9 @@ class Decoder:
         else:
             self.sync = lambda: None
             self.chunk, self.rows = model.config.context, ROWS
-            # One tensor for all weights: of small ones, much would not be in pages of 2 MB.
-            weights = torch.nn.utils.parameters_to_vector(model.parameters())
-            torch.nn.utils.vector_to_parameters(weights, model.parameters())
+            for module in model.modules():
+                if isinstance(module, torch.nn.Linear):  # read fastest if stored by columns
+                    module.weight.data = module.weight.t().contiguous().t()
         self.device = torch.device(device)
         model.to(self.device)
 
