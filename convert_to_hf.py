@@ -164,8 +164,7 @@ def main():
                             "and takes no --checkpoint and no --dtype")
         output = Path(arguments.output)
         check_output(output)
-        from_hf(Path(arguments.from_hf), output)
-        return
+        return from_hf(Path(arguments.from_hf), output)
     source = checkpoint.find_checkpoint(arguments.checkpoint)
     if arguments.output is not None:
         output = Path(arguments.output)

@@ -123,7 +123,6 @@ class TokenDataset:
             shard.base.madvise(mmap.MADV_RANDOM)
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.num_tokens = int(self.ends[-1])
-        self.num_windows = self.num_tokens // context
 
     def fingerprint(self):
         """A checksum of the length and the first and last 2,048 ids of each shard, in any format:

@@ -72,7 +72,8 @@ def flops_per_token(config):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (arxiv.org/abs/1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (arxiv.org/abs/1910.07467).
+    Computed in float32; the result has the format of x."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -80,8 +81,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        x = x.float()
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        return y.to(x.dtype)
 
 
 def rotary_tables(config):
@@ -220,8 +222,8 @@ class KVCache:
     To suit XLA, shapes never change and the position is a tensor, so one graph serves every
     position. (It has the shape [1]: for torch_xla a new 0 or 1 without dimensions is a constant,
     like a Python number.) Slots from `position` on hold stale values, which no query sees before
-    they are overwritten. So a prompt may be padded: set `position` back to its true length, and the
-    padding is stale."""
+    they are overwritten. So a prompt may be padded: `seek` its true length, and the padding is
+    stale."""
 
     def __init__(self, config, batch_size, device, length=None):
         """length: the number of tokens to make room for. Default and maximum: the context."""
@@ -232,6 +234,10 @@ class KVCache:
         self.position = torch.zeros(1, device=device, dtype=torch.long)  # of the next token
         self.slots = torch.arange(self.length, device=device)  # [S]: attention reads these
 
+    def seek(self, position, slots):
+        """Continues at `position` [1]. Attention reads `slots` [S]."""
+        self.position, self.slots = position, slots
+
     def advance(self, count):
         """Moves on by `count` tokens, and returns their positions [count]."""
         self.new_positions = self.position + torch.arange(count, device=self.position.device)
@@ -239,8 +245,9 @@ class KVCache:
         return self.new_positions
 
     def update(self, layer, k, v):
-        """Stores k and v [B, H, T, K] of the newest T tokens; with B = 1, for every text. Returns
-        the keys and values of B texts in self.slots, [B, H, S, K] each."""
+        """Stores k and v [B, H, T, K] of the newest T tokens; with B = 1, for every text. Yields
+        the keys of B texts in self.slots, then the values, [B, H, S, K] each; both have to be
+        asked for, since each is stored only then."""
         for cached, new in ((self.keys[layer], k), (self.values[layer], v)):
             cached.index_copy_(2, self.new_positions, new.expand(self.batch_size, -1, -1, -1))
             yield cached[:len(new), :, :self.slots.size(0)]

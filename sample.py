@@ -29,7 +29,7 @@ import warnings
 # torch reads these variables while it is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # memory pages of 2 MB for large tensors
 # A thread of torch that waits for another one spins, by default for milliseconds. Where other
-# processes are busy, it takes the time of the very thread that it waits for. So it soon sleeps.
+# processes are busy, that takes the CPU from the thread it waits for. With this it sleeps sooner.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
@@ -175,8 +175,7 @@ class Decoder:
     def compute(self, tokens, position, last, slots):
         """The logits [B, V] of the tokens that follow tokens[:, last]. tokens [B, T]; position [1]
         of the first of them; last [1]; slots [S] of the cache that attention reads."""
-        # The last chunk advanced the position over its padding.
-        self.cache.position, self.cache.slots = position, slots
+        self.cache.seek(position, slots)  # the last chunk advanced over its padding
         hidden = self.model.hidden(tokens, self.cache)  # [B, T, D]
         return self.model.lm_head(hidden.index_select(1, last))[:, 0]  # [B, V]
 
@@ -279,14 +278,13 @@ def continue_prompt(prompt, decoder, processor, arguments):
         steps = generate(decoder, ids, arguments.max_new_tokens, processor.vocab_size(), eos,
                          arguments.temperature, arguments.top_k, arguments.top_p,
                          arguments.seed + first, rows)
-        # The first continuation appears as it is generated. tee keeps the others until it ends.
+        # The first continuation appears as it is generated. tee stores the steps for the others,
+        # which are printed after it.
         for row, copy in enumerate(itertools.tee(steps, rows)):
             tokens = itertools.takewhile(lambda token: token != eos, (step[row] for step in copy))
             print(prompt, end="", flush=True)
-            count = -1  # stream yields once more than there are tokens
-            for text in stream(processor, ids, tokens):
+            for count, text in enumerate(stream(processor, ids, tokens)):  # once more than tokens
                 print(text, end="", flush=True)
-                count += 1
             print("\n", flush=True)
             total += count
             if len(ids) + count == context and count < arguments.max_new_tokens:

@@ -15,7 +15,7 @@ nothing that the device is still computing.
 """
 import sys
 
-from nanoxla.environment import check_environment, mend_environment, use_huge_pages
+from nanoxla.environment import check_environment, mend_environment, tune_environment
 
 mend_environment()  # torch_xla reads the environment once, when it is imported below
 
@@ -35,7 +35,7 @@ import nanoxla.config
 from model import Llama, ModelConfig, flops_per_token, num_parameters
 from nanoxla import shards, tpu
 from nanoxla.checkpoint import read_state
-from nanoxla.config import BELOW_ONE, POSITIVE, at_least, key, one_of, session_key
+from nanoxla.config import BELOW_ONE, POSITIVE, at_least, between, key, one_of, session_key
 from nanoxla.errors import UserError, run_command
 from nanoxla.flash_attention import check_attention
 from nanoxla.init_from import check_init_from, load_initial_weights
@@ -79,7 +79,8 @@ class Config(ModelConfig):
     peak_tflops: float = session_key(0.0, "peak of one core in bfloat16, for mfu; 0: that of the "
                                           "chip, if it is a v5e or v6e; else there is no mfu",
                                      at_least(0))
-    seed: int = key(0, "random seed of the weights and of the order of the data", at_least(0))
+    seed: int = key(0, "random seed of the weights and of the order of the data",
+                    between(0, 2**63 - 1, "63 bits"))
     log_every: int = session_key(10, "steps between log rows and between stop checks", at_least(1))
     eval_every: int = session_key(1_000, "steps between evaluations; 0: none", at_least(0))
     eval_batches: int = session_key(8, "batches of batch_size in an evaluation", at_least(1))
@@ -112,8 +113,8 @@ class Config(ModelConfig):
 
     @property
     def decay_start(self):
-        """The steps after which a wsd run begins to decay. Up to there its length may change, so a
-        checkpoint of this step is kept. 0: the length may never change."""
+        """The number of steps before a wsd run begins to decay. max_steps may change until then, so
+        the checkpoint of that step is never deleted. 0: there is none."""
         return self.max_steps - self.decay_steps if self.schedule == "wsd" else 0
 
 
@@ -299,8 +300,8 @@ def train_step(traced, optimizer, batch, step, stop):
     # Without dimensions, a new 0 or 1 would be a constant of the graph, like a Python number: a
     # request to stop would make a different graph, and XLA would compile again.
     stop = torch.tensor([float(stop)]).to(traced.device)
-    loss = traced.take_loss_sum()[None]  # already a mean over this core's micro-batches
-    loss = loss / xr.world_size()  # a sum over the cores follows
+    # The sum is already a mean over this core's micro-batches. A sum over the cores follows.
+    loss = traced.take_loss_sum()[None] / xr.world_size()
     loss, stops = xm.all_reduce(xm.REDUCE_SUM, torch.cat([loss, stop])).unbind()
     schedule = optimizer.schedule(step).to(traced.device)
     grad_norm = xm.optimizer_step(optimizer, optimizer_args={"schedule": schedule, "loss": loss})
@@ -371,7 +372,7 @@ def worker(config, checkpoint, deadline, stop_requested):
         # sum of the longest interval and the longest save so far.
         time_to_stop = 2 * (log.longest_interval + saver.longest_save)
         late = rank == 0 and time.monotonic() + time_to_stop > deadline
-        return late or stop_requested()
+        return stop_requested() or late  # always called: it tells the launcher that we live
 
     while step < config.max_steps:
         # one optimiser step: record its graphs, start them, do not wait
@@ -423,7 +424,8 @@ def main():
     check_not_owned(config.out_dir)
     train_data, paths = data.check_data(config)
     checkpoint = checkpoint_to_resume(config, train_data.fingerprint())
-    # Reads all shards, so only once in a run: later, the fingerprint shows that they are the same.
+    # Reads all shards, so only once in a run. A run resumed has the same training data, by its
+    # fingerprint; and every window is checked again when it is read.
     if not (checkpoint and read_state(checkpoint)["data_sha256"]):
         shards.check_token_ids(paths, config.vocab_size, config.shard_format)
     if config.init_from and not checkpoint:
@@ -434,8 +436,7 @@ def main():
           f"{tokens:,} tokens = {config.max_steps * tokens:,} | {config.out_dir}")
     if checkpoint and read_state(checkpoint)["step"] >= config.max_steps:
         return print(f"{checkpoint} is the last checkpoint of this run: nothing to do")
-    if xr.device_type() == "CPU":
-        use_huge_pages()
+    tune_environment(xr.device_type())
     deadline = session_start + 3600 * (config.max_hours or math.inf)
     run_on_all_cores(xmp.spawn, worker, (config, checkpoint, deadline), config.hang_minutes)
 

@@ -3,7 +3,7 @@
 # parameters   24,576,000 embedding + 12 x 7,079,424 blocks + 768 norm + 24,576,000 head
 #              = 134,105,856 ("124M" is GPT-2's nickname); 109,510,656 of them are in matmuls
 # tokens       9,940,492,288 in the training shards = 9,707,512 windows of 1,024: one epoch
-# batch        8 cores x 4 micro-batches x 8 windows = 256 windows = 262,144 tokens a step
+# batch        8 cores x 8 micro-batches x 4 windows = 256 windows = 262,144 tokens a step
 # steps        9,707,512 / 256 = 37,919.97 -> 37,920
 # compute      770,310,144 FLOPs per token -> 7.66e18 for the run
 # checkpoint   134,105,856 x 4 bytes x (weights + 2 moments) = 1.61 GB, two are kept
@@ -25,7 +25,7 @@ norm_eps = 1e-5
 attention = "flash"
 
 batch_size = 256
-micro_batch_size = 8
+micro_batch_size = 4
 max_steps = 37_920
 
 learning_rate = 6e-4

@@ -21,6 +21,7 @@ def model_card(state, rows, config, num_parameters, dtype):
         if run.get("schedule") == "wsd":
             decay = f"constant, then linear over the last {run['decay_steps']:,} of " + (
                 f"{run['max_steps']:,} steps")
+        clipping = f"clipped at {run['grad_clip']:g}" if run["grad_clip"] else "not clipped"
         facts += [
             ("trained on", f"{state['tokens']:,} tokens in {state['step']:,} steps "
                            f"of {run['batch_size']} windows"),
@@ -28,7 +29,7 @@ def model_card(state, rows, config, num_parameters, dtype):
                           f"{run['warmup_steps']:,} warm-up steps, "
                           f"{decay} to {run['min_lr']:g}, "
                           f"weight decay {run['weight_decay']:g}, "
-                          f"gradients clipped at {run['grad_clip']:g}"),
+                          f"gradients {clipping}"),
             ("precision", f"matrix products in {run['dtype']}, weights and moments in float32")]
     if training := [row for row in rows if row.get("loss") is not None]:
         last = training[-1]

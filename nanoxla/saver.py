@@ -112,7 +112,7 @@ class Saver:
         in_a_row = self.host_tensors["optimizer"]["skipped"][1]
         if in_a_row == 0:  # else the run may be diverging, and an older checkpoint may be needed
             for old in list_checkpoints(config.out_dir)[:-config.keep_checkpoints]:
-                if old.name != f"step_{config.decay_start:08d}":
+                if not config.decay_start or old.name != f"step_{config.decay_start:08d}":
                     self.remove(old)
 
     def remove(self, checkpoint):

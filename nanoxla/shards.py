@@ -29,7 +29,11 @@ def find_shards(data_dir, pattern):
     if not os.path.isdir(data_dir):
         raise UserError(f"{data_dir} is not a directory; python data.py prepare makes one with "
                         "shards in it")
-    paths = sorted(Path(data_dir).glob(pattern))
+    try:
+        paths = sorted(Path(data_dir).glob(pattern))
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{pattern!r} is not a pattern of file names in {data_dir}, "
+                        f"such as train_*.bin: {error}") from None
     if not paths:
         raise UserError(f"no file matches {pattern} in {data_dir}; python data.py prepare writes "
                         "train_*.bin and val_*.bin (eval_every=0 needs no val_*.bin)")

@@ -127,7 +127,8 @@ def test_a_step_that_does_not_fit_ends_with_exit_code_1(tmp_path):
     ("--layers=2", "there is no key 'layers'; the nearest is 'n_layers'"),
 ])
 def test_a_mistake_is_explained(tmp_path, monkeypatch, mistake, argument, message):
-    monkeypatch.setattr(compile_for_tpu, "set_environment", lambda *_: None)
+    for name in ("set_environment", "tune_environment"):
+        monkeypatch.setattr(compile_for_tpu, name, lambda *_: None)
     config = write_config(tmp_path / "small.py", **SMALL)
     _, err = mistake(compile_for_tpu.main, config, argument)
     assert message in err

@@ -10,7 +10,14 @@ from torch_xla._internal import tpu as topology
 import sample
 import train
 from nanoxla import environment, tpu, versions
-from nanoxla.environment import check_environment, mend_environment, problems, unknown_libtpu_flags
+from nanoxla.environment import (
+    VMEM_LIMIT,
+    check_environment,
+    mend_environment,
+    problems,
+    tune_environment,
+    unknown_libtpu_flags,
+)
 from nanoxla.errors import UserError, user_message
 from nanoxla.flash_attention import check_attention
 
@@ -282,3 +289,19 @@ def test_two_runs_started_at_once_end_in_one_run(tiny, tmp_path):
         process.terminate()
     results = sorted(ended(process)[:2] for process in pair)
     assert [code for code, _ in results] == [0, 2] and "stopped after step" in results[0][1]
+
+
+def test_a_tpu_gets_more_vmem_and_a_cpu_huge_pages(monkeypatch):
+    variables = {"LIBTPU_INIT_ARGS": "--a=1"}
+    for _ in range(2):
+        tune_environment("TPU", variables)
+        assert variables == {"LIBTPU_INIT_ARGS": f"--a=1 {VMEM_LIMIT}"}
+    own = {"LIBTPU_INIT_ARGS": "--xla_tpu_scoped_vmem_limit_kib=98304"}
+    tune_environment("TPU", own)
+    assert own == {"LIBTPU_INIT_ARGS": "--xla_tpu_scoped_vmem_limit_kib=98304"}
+    assert unknown_libtpu_flags(VMEM_LIMIT) == []
+    monkeypatch.setattr(environment, "unknown_libtpu_flags", lambda flags: [flags])
+    without, on_cpu = {}, {}
+    tune_environment("TPU", without)
+    tune_environment("CPU", on_cpu)
+    assert without == {} and on_cpu == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

@@ -68,7 +68,7 @@ def test_the_reference_run_is_one_epoch():
     steps = math.ceil(windows / REFERENCE.batch_size)
     assert f"{windows:,} windows" in text and f"-> {steps:,}" in text
     assert REFERENCE.max_steps == steps
-    assert 8 * 4 * REFERENCE.micro_batch_size == REFERENCE.batch_size
+    assert 8 * 8 * REFERENCE.micro_batch_size == REFERENCE.batch_size
 
 
 # --- the optimiser and the step -----------------------------------------------------------------

@@ -40,6 +40,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from nanoxla.environment import tune_environment
 from nanoxla.errors import run_command
 from nanoxla.files import write_file
 from nanoxla.processes import call_in_new_process
@@ -147,6 +148,7 @@ def source(line):
 def main():
     arguments, overrides, kind, cores = parse_arguments()
     set_environment(kind, cores)
+    tune_environment("TPU")
     chip = KINDS[kind]
     from host_time import host_ms
     from tpu_costs import count_cycles, estimate, kernel_bundles, kernel_cycles

@@ -133,7 +133,8 @@ def check_data(config):
         yield "ok", (f"data: {train_data.num_tokens:,} tokens in {len(train_data.paths)} files of "
                      f"{config.data_dir}")
     except UserError as error:
-        absent = not any(Path(config.data_dir).glob(config.train_glob))
+        directory = Path(config.data_dir)
+        absent = not directory.is_dir() or not any(directory.iterdir())
         yield "note" if absent else "wrong", f"data: {error}"
     path = tokenizer_path(config)
     try:
@@ -324,6 +325,7 @@ def main():
         print_finding("note", "the device was not tried; mend what is wrong, and run this again")
         sys.exit(1)
 
+    environment.tune_environment(device)
     failed, figures = check_device(config, device, cores)
     wrong |= failed
     if not figures:
