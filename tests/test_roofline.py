@@ -16,17 +16,17 @@ CORES = 8
 # M cycles of a step, by tools/compile_for_tpu.py on 2026-11-26 with libtpu 0.0.21. The optimised
 # HLO tells products from passes where a source line has both.
 COMPILER = {
-    "embedding": 3.04, "RMSNorm": 12.77, "q, k, v": 37.542, "attention": 51.61, "o_proj": 11.35,
-    "SwiGLU": 100.687, "head and loss": 43.08, "RMSNorm and residual, backward": 22.07,
-    "gradient accumulation": 0.18, "all-reduce": 15.68, "gradient norm": 2.60, "AdamW": 8.57,
+    "embedding": 1.462, "RMSNorm": 0.744, "q, k, v": 37.631, "attention": 43.82, "o_proj": 13.294,
+    "SwiGLU": 91.062, "head and loss": 40.669, "RMSNorm and residual, backward": 15.462,
+    "gradient accumulation": 0.368, "all-reduce": 15.677, "gradient norm": 2.573, "AdamW": 8.595,
     "zeroed gradients": 1.999}
-COMPILER_SUM, MICRO_BATCH, WITHOUT_A_LINE, BACKWARD_SUMS = 311.33, 70.61, 17.744, 20.434
-NORM_PASSES_OF_A_LINE = 5.705
-LOGITS, LOGITS_BACKWARD = 16.46, 25.71
-Q_IN_VMEM, Q_IN_HBM = 82_864, 100_102  # cycles of a q_proj, its result in VMEM or in HBM
-IN_VMEM, IN_HBM = (25.08, 23.49), (166.67, 140.77)  # products: M cycles, and at the peak
-HBM_BYTES = 15.4e9  # read and written in a micro-batch, by the optimised HLO
-BUNDLES = 6_767, 15_634
+COMPILER_SUM, MICRO_BATCH, WITHOUT_A_LINE, BACKWARD_SUMS = 273.61, 30.59, 17.791, 13.872
+LOGITS, LOGITS_BACKWARD = 14.255, 25.421
+Q, PLAIN, UP = 44_464, 37_120, 108_464  # cycles of products whose operands are all in VMEM
+IN_VMEM, IN_HBM = (113.35, 103.42), (68.31, 60.85)  # products: M cycles, and at the peak
+NORM_PASS = 75_393  # cycles of one pass backward
+HBM_BYTES = 5.10e9  # read and written in a micro-batch, by the optimised HLO
+BUNDLES = 6_220, 12_800
 ZEROING = {(32_000, 768): (189, 544_730), (768, 2_048): (1, 14_993), (768, 768): (1, 6_757)}
 
 V5E = KINDS["v5e"]
@@ -36,7 +36,7 @@ D, L, H, M, T, V = c.dim, c.n_layers, c.n_heads, c.hidden_dim, c.context, c.voca
 N = c.micro_batch_size * T  # tokens in a micro-batch
 RUNS = c.batch_size // (CORES * c.micro_batch_size)
 P = num_parameters(c)[0]
-STREAM = 4 * N * D  # bytes of the residual stream
+STREAM = 2 * N * D  # bytes of the residual stream
 NORMS = 2 * L + 1
 
 
@@ -60,14 +60,14 @@ def all_reduce_ms(cores):
 
 # (FLOPs, bytes) of a step on one core
 PARTS = {
-    "embedding": (0, RUNS * 5 * STREAM),
-    "RMSNorm": (0, RUNS * NORMS * 1.5 * STREAM),
+    "embedding": (0, RUNS * 8 * STREAM),
+    "RMSNorm": (0, 0),
     "q, k, v": (RUNS * L * 3 * flops(D, D), RUNS * L * 3 * product_bytes(D, D)),
-    "attention": (RUNS * L * 12 * T * D * N, RUNS * L * 11 * STREAM / 2),
+    "attention": (RUNS * L * 12 * T * D * N, RUNS * L * 12 * STREAM),
     "o_proj": (RUNS * L * flops(D, D), RUNS * L * product_bytes(D, D)),
     "SwiGLU": (RUNS * L * 3 * flops(D, M), RUNS * L * 3 * product_bytes(D, M)),
-    "head and loss": (RUNS * flops(D, V), RUNS * (product_bytes(D, V) + 2 * STREAM)),
-    "RMSNorm and residual, backward": (0, RUNS * NORMS * 3.5 * STREAM),
+    "head and loss": (RUNS * flops(D, V), RUNS * (product_bytes(D, V) + 3 * STREAM)),
+    "RMSNorm and residual, backward": (0, RUNS * NORMS * 4 * STREAM),
     "gradient accumulation": (0, 0),
     "all-reduce": (0, 0),
     "gradient norm": (0, 4 * P),
@@ -101,6 +101,7 @@ ATTENTION = MATRIX["attention"] * SEEN * WIDENED * 7 / 6
 PER_PROGRAM = [T * SEEN * T * flash_attention.LANES * products * WIDENED * CLOCK / (PEAK / 2)
                for products in (2, 5)]
 Q_FORWARD = 2 * N * D * D, 2 * N * 2 * D + 4 * D * D
+Q_LIMIT = Q_FORWARD[0] / PEAK * CLOCK
 WEIGHTS = 1e3 * 16 * num_parameters(c)[1] / MEMORY  # read and written with the products, ms
 SMALL_BATCH = flops(D, D, T) / product_bytes(D, D, T)
 (big_windows, big), (_, wide), (_, square) = ZEROING.values()
@@ -119,7 +120,7 @@ PHRASES = [
     f"{1e6 * Q_FORWARD[0] / PEAK:.0f} µs", f"{Q_FORWARD[1] / 1e6:.1f} MB",
     f"{1e6 * Q_FORWARD[1] / MEMORY:.0f} µs",
     f"{Q_FORWARD[0] / Q_FORWARD[1]:.0f} FLOPs per byte",
-    f"4 FLOPs per number and moves 6 bytes: {4 / 6:.1f} FLOPs per byte",
+    f"4 FLOPs per number and moves 4 bytes: {4 / 4:.1f} FLOPs per byte",
     *map(row, PARTS),
     f"| rest | | | | | | {ms(COMPILER_SUM - sum(COMPILER.values())):.1f} | |",
     f"| sum | {sum(f for f, _ in PARTS.values()) / 1e12:.2f} | {sum(MATRIX.values()):.1f} | "
@@ -130,18 +131,17 @@ PHRASES = [
     f"{100 * sum(MATRIX.values()) / ms(COMPILER_SUM):.1f} %",
     f"would have {percent(sum(MATRIX.values()) / sum(LIMIT.values()))}:",
     f"reads {N:,} rows and writes them; backward adds {N:,} rows",
-    f"{N:,} x {D} numbers = {STREAM / 1e6:.1f} MB", f"{STREAM / 2e6:.1f} MB in bfloat16",
-    f"table of {4 * V * D / 1e6:.1f} MB", f"{3 * RUNS * (4 * V * D - STREAM) / 1e9:.2f} GB",
-    f"{3e3 * RUNS * (4 * V * D - STREAM) / MEMORY:.1f} ms too much",
-    f"{NORMS} norms",
+    f"{N:,} x {D} numbers = {STREAM / 1e6:.1f} MB", f"{NORMS} norms",
     f"{IN_VMEM[0]:.1f} M cycles where {IN_VMEM[1]:.1f} are the limit: "
     f"{percent(IN_VMEM[1] / IN_VMEM[0])}",
     f"{IN_HBM[0]:.1f} M where {IN_HBM[1]:.1f} are the limit: {percent(IN_HBM[1] / IN_HBM[0])}",
-    f"{Q_IN_VMEM:,} cycles with its result in VMEM and {Q_IN_HBM:,} with",
-    f"the limit is {Q_FORWARD[0] / PEAK * CLOCK:,.0f}",
+    *(f"| {cycles:,} | {limit:,.0f} |" for cycles, limit in
+      ((PLAIN, Q_LIMIT), (Q, Q_LIMIT), (UP, Q_LIMIT * M / D))),
     f"{100 * SEEN} % of the scores",
     f"{MATRIX['attention']:.1f} x {SEEN} x {WIDENED:.0f} x 7/6 = {ATTENTION:.1f} ms",
     f"{percent(ATTENTION / ms(COMPILER['attention']))} of {ms(COMPILER['attention']):.1f} ms",
+    f"{NORM_PASS:,} cycles for {N * D / 1024:,.0f} registers",
+    f"{NORM_PASS / (N * D / 1024):.1f} cycles each",
     *(f"{limit:,.0f} of {bundles:,}" for limit, bundles in zip(PER_PROGRAM, BUNDLES)),
     f"{N * V / 1e6:.0f} million logits", f"{2 * N * V / 1e6:.0f} MB in bfloat16",
     f"{percent(MATRIX['head and loss'] / 3 / ms(LOGITS))} of the peak for that product, and "
@@ -154,10 +154,7 @@ PHRASES = [
     f"{COMPILER['all-reduce']:.2f} M for the all-reduce",
     f"{COMPILER['zeroed gradients']:.2f} M for zeroed gradients",
     f"{WITHOUT_A_LINE - COMPILER['all-reduce'] - COMPILER['zeroed gradients']:.2f} M for small",
-    f"{BACKWARD_SUMS:.2f} M", f"{WITHOUT_A_LINE + BACKWARD_SUMS:.2f} M:",
-    *(f"{COMPILER[part] + NORM_PASSES_OF_A_LINE:.1f} M = {COMPILER[part]:.1f} M"
-      for part in ("SwiGLU", "q, k, v")),
-    f"+ {NORM_PASSES_OF_A_LINE:.1f} M",
+    f"{BACKWARD_SUMS:.2f} M",
     *(f"{a:,} x {b:,} | {windows} | {cycles:,} |" for (a, b), (windows, cycles) in ZEROING.items()),
     f"{PER_WINDOW:,.0f} cycles for each window", f"{1 / PER_BYTE:.0f} bytes per cycle",
     f"{big_windows} x {PER_WINDOW:,.0f} + {4 * V * D / 1e6:.1f} MB / {1 / PER_BYTE:.0f}",
