@@ -242,21 +242,24 @@ def lane_tables(cos, sin):
 @functools.cache
 def exported(kernel, *shapes):
     """The kernel, lowered for a TPU and for arguments of these shapes, as a jax.export.Exported.
-
-    On a TPU, JAX would ask the TPU's own libtpu how old it is, to choose a format that libtpu can
-    read. For that it would open the TPU a second time, while torch_xla holds it. So JAX gets no TPU
-    here, and a fixed format: the newest one that all libtpu of nanoxla/versions.py read. What a TPU
-    gets is then exactly what tools/compile_for_tpu.py compiles."""
+    What a TPU gets is then exactly what tools/compile_for_tpu.py compiles."""
+    lower_without_tpu()
     import jax.export
-    from jax._src import cloud_tpu_init, tpu_custom_call
+    # Whoever calls the exported kernel does so on JAX's default device: the CPU.
+    checks = [jax.export.DisabledSafetyCheck.platform()]
+    return jax.export.export(jax.jit(kernel), platforms=["tpu"], disabled_checks=checks)(*shapes)
 
+
+def lower_without_tpu():
+    """Lets JAX lower kernels for a TPU without opening it. To choose a format, JAX would ask the
+    TPU's own libtpu how old it is. For that it would open the TPU a second time, while torch_xla
+    holds it. So JAX gets no TPU, and a fixed format: the newest that all libtpu of
+    nanoxla/versions.py read."""
+    import jax
+    from jax._src import cloud_tpu_init, tpu_custom_call
     jax.config.update("jax_platforms", "cpu")  # stronger than the variable JAX_PLATFORMS
     cloud_tpu_init.running_in_cloud_tpu_vm = False
     tpu_custom_call.get_ir_version = lambda context: MOSAIC_FORMAT
-    # Whoever calls the exported kernel does so on JAX's default device: the CPU.
-    any_platform = [jax.export.DisabledSafetyCheck.platform()]
-    return jax.export.export(jax.jit(kernel), platforms=["tpu"],
-                             disabled_checks=any_platform)(*shapes)
 
 
 def call(kernel, *inputs):

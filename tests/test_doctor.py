@@ -260,7 +260,7 @@ def test_the_row_of_a_tpu(monkeypatch):
                      estimate)
     assert row.split(" | ")[1:] == [
         "v5litepod-8, 8 cores", "3.12", "2.8.0", "0.7.2", "0.0.17", FWEDU, "1,048,576", "51.2%",
-        "250.0", "48.0", "0", "4.93", "192.6 (1.30) |"]
+        "250.0", "48.0", "0", "4.93", "182.0 (1.37) |"]
     assert doctor.estimated_ms(config, 4) is None
     assert doctor.estimated_ms(dataclasses.replace(config, micro_batch_size=16), 8) is None
     monkeypatch.setattr(tpu, "kind", lambda: "v6e")

@@ -53,8 +53,8 @@ CHIPS_BUSY = 20  # seconds: after a kill -9 it takes some until the chips are fr
 HANG_MINUTES = 5
 
 # The time of a step by tools/compile_for_tpu.py, in ms: {(config, kind of chip, cores): ms}.
-ESTIMATES = {(DEFAULT, "v5e", 8): 192.6, (DEFAULT, "v5e", 1): 1395.6,
-             (DEFAULT, "v6e", 8): 88.2, (DEFAULT, "v6e", 1): 638.1}
+ESTIMATES = {(DEFAULT, "v5e", 8): 182.0, (DEFAULT, "v5e", 1): 1311.0,
+             (DEFAULT, "v6e", 8): 85.8, (DEFAULT, "v6e", 1): 618.8}
 # A model with other values of these keys takes another time.
 DECIDE_SPEED = ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "context", "attention",
                 "batch_size", "micro_batch_size", "dtype")
