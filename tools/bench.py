@@ -4,8 +4,8 @@ first, because they vary less between machines than times do.
     python tools/bench.py            # or: make bench
 
 Ours and the peers take turns, --runs times. Each turn gives a ratio. A row has the median of the
-ratios, the lowest and the highest, and the medians of both sides. All use huge memory pages, as
-train.py and sample.py do; their other settings are their own.
+ratios, the lowest and the highest, and the medians of both sides. Both sides of train, prepare and
+sample use huge memory pages; their other settings are their own.
 
 train    Training tokens/s of `train.py config/demo.py` on the CPU, through torch_xla. Compared with
          three peers of the same shape, batch size, precision (float32) and optimiser (AdamW with
@@ -65,7 +65,6 @@ from convert_to_hf import hf_config, hf_tensors
 from data import TokenDataset
 from model import Llama, load_model, num_parameters
 from nanoxla import checkpoint, hf_directory
-from nanoxla.encode import SPLITS
 from nanoxla.files import fsync
 from nanoxla.processes import call_in_new_process
 from nanoxla.saver import Saver, restore
@@ -111,9 +110,8 @@ STEPS, UNCOUNTED = 60, 20  # of a training run
 
 def bench_train(directory, runs):
     config, draw = train.load_config(DEMO), np.random.default_rng(0)
-    for split in SPLITS:
-        ids = draw.integers(0, config.vocab_size, 1_000_000).astype(TOKEN_DTYPE)
-        ids.tofile(directory / f"{split}_00000.bin")
+    ids = draw.integers(0, config.vocab_size, 1_000_000).astype(TOKEN_DTYPE)
+    ids.tofile(directory / "train_00000.bin")
     peers = {"ours": train_with_ours, "Trainer": train_with_transformers,
              "eager": train_eagerly, "torch.compile": train_compiled}
     times = collections.defaultdict(list)
@@ -227,13 +225,18 @@ def bench_loader(directory, runs):
         os.truncate(path, 2_000_000_000)  # 1e9 tokens, all of them 0, none of them on the disk
     before = memory("RssAnon")
     dataset = TokenDataset(paths, context=1_024, vocab_size=32_000)
-    count, times = 300 * runs, []
-    for step in range(count):
-        times.append(1e3 * seconds(dataset.batch, step, 256, 0, 0, 8))  # seed 0, core 0 of 8
+    times = [1e3 * seconds(dataset.batch, step, 256, 0, 0, 8)  # seed 0, core 0 of 8
+             for step in range(300 * runs)]
     used = (memory("RssAnon") - before) / 2**20
     print_row("loader", [], f"{statistics.median(times):.2f} ms a batch",
               notes=f"99 % under {np.quantile(times, 0.99):.2f} ms; "
-                    f"{used:.1f} MB for {count:,} batches")
+                    f"{used:.1f} MB for {len(times):,} batches")
+
+
+def encode_with_sentencepiece(tokenizer, texts):
+    """The seconds, without those of loading the tokenizer."""
+    processor = load_tokenizer(tokenizer)
+    return seconds(lambda: processor.encode(texts, num_threads=len(os.sched_getaffinity(0))))
 
 
 def bench_prepare(directory, runs):
@@ -254,7 +257,7 @@ def bench_prepare(directory, runs):
         splits = read_meta(directory / "out")["splits"].values()
         assert sum(split["tokens"] for split in splits) == tokens
 
-    turns = [(seconds(prepare), seconds(lambda: processor.encode(texts, num_threads=cores)))
+    turns = [(seconds(prepare), call_in_new_process(encode_with_sentencepiece, tokenizer, texts))
              for _ in range(runs + 1)]
     ours, theirs = zip(*turns[1:])  # the first does not count
     print_row("prepare", divide(theirs, ours),
