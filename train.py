@@ -436,7 +436,7 @@ def main():
           f"{tokens:,} tokens = {config.max_steps * tokens:,} | {config.out_dir}")
     if checkpoint and read_state(checkpoint)["step"] >= config.max_steps:
         return print(f"{checkpoint} is the last checkpoint of this run: nothing to do")
-    tune_environment(xr.device_type())
+    tune_environment(xr.device_type(), tpu.kind())
     deadline = session_start + 3600 * (config.max_hours or math.inf)
     run_on_all_cores(xmp.spawn, worker, (config, checkpoint, deadline), config.hang_minutes)
 

@@ -115,7 +115,7 @@ def train_here(*arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
         patch.setattr(train, "run_on_all_cores", call)
-        patch.setattr(train, "tune_environment", lambda device: None)
+        patch.setattr(train, "tune_environment", lambda *_: None)
         train.main()
 
 

@@ -291,17 +291,20 @@ def test_two_runs_started_at_once_end_in_one_run(tiny, tmp_path):
     assert [code for code, _ in results] == [0, 2] and "stopped after step" in results[0][1]
 
 
-def test_a_tpu_gets_more_vmem_and_a_cpu_huge_pages(monkeypatch):
+def test_a_v5e_gets_more_vmem_and_a_cpu_huge_pages(monkeypatch):
     variables = {"LIBTPU_INIT_ARGS": "--a=1"}
+    for chip in "v6e", None:
+        tune_environment("TPU", chip, variables)
+        assert variables == {"LIBTPU_INIT_ARGS": "--a=1"}
     for _ in range(2):
-        tune_environment("TPU", variables)
+        tune_environment("TPU", "v5e", variables)
         assert variables == {"LIBTPU_INIT_ARGS": f"--a=1 {VMEM_LIMIT}"}
     own = {"LIBTPU_INIT_ARGS": "--xla_tpu_scoped_vmem_limit_kib=98304"}
-    tune_environment("TPU", own)
+    tune_environment("TPU", "v5e", own)
     assert own == {"LIBTPU_INIT_ARGS": "--xla_tpu_scoped_vmem_limit_kib=98304"}
     assert unknown_libtpu_flags(VMEM_LIMIT) == []
     monkeypatch.setattr(environment, "unknown_libtpu_flags", lambda flags: [flags])
     without, on_cpu = {}, {}
-    tune_environment("TPU", without)
-    tune_environment("CPU", on_cpu)
+    tune_environment("TPU", "v5e", without)
+    tune_environment("CPU", None, on_cpu)
     assert without == {} and on_cpu == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

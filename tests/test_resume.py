@@ -59,7 +59,7 @@ def test_only_a_new_run_reads_its_shards_whole(tiny, uninterrupted, tmp_path, ca
     scanned = []
     monkeypatch.setattr(train.shards, "check_token_ids", lambda paths, *_: scanned.extend(paths))
     monkeypatch.setattr(train, "run_on_all_cores", lambda *_: None)
-    monkeypatch.setattr(train, "tune_environment", lambda device: None)
+    monkeypatch.setattr(train, "tune_environment", lambda *_: None)
     call(train.main, tiny, f"--out_dir={uninterrupted}", *AS_UNINTERRUPTED)
     assert not scanned
     call(train.main, tiny, f"--out_dir={tmp_path}")

@@ -148,7 +148,7 @@ def source(line):
 def main():
     arguments, overrides, kind, cores = parse_arguments()
     set_environment(kind, cores)
-    tune_environment("TPU")
+    tune_environment("TPU", kind)
     chip = KINDS[kind]
     from host_time import host_ms
     from tpu_costs import count_cycles, estimate, kernel_bundles, kernel_cycles

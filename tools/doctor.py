@@ -325,7 +325,7 @@ def main():
         print_finding("note", "the device was not tried; mend what is wrong, and run this again")
         sys.exit(1)
 
-    environment.tune_environment(device)
+    environment.tune_environment(device, tpu.kind())
     failed, figures = check_device(config, device, cores)
     wrong |= failed
     if not figures:
