@@ -104,9 +104,9 @@ Q_FORWARD = 2 * N * D * D, 2 * N * 2 * D + 4 * D * D
 Q_LIMIT = Q_FORWARD[0] / PEAK * CLOCK
 WEIGHTS = 1e3 * 16 * num_parameters(c)[1] / MEMORY  # read and written with the products, ms
 SMALL_BATCH = flops(D, D, T) / product_bytes(D, D, T)
-(big_windows, big), (_, wide), (_, square) = ZEROING.values()
+(big_tiles, big), (_, wide), (_, square) = ZEROING.values()
 PER_BYTE = (wide - square) / (4 * (D * M - D * D))  # cycles, from the two that are one window
-PER_WINDOW = wide - PER_BYTE * 4 * D * M
+PER_TILE = wide - PER_BYTE * 4 * D * M
 
 PHRASES = [
     f"| peak of the matrix unit | {PEAK / 1e12:.0f} TFLOP/s |",
@@ -140,7 +140,7 @@ PHRASES = [
     f"{100 * SEEN} % of the scores",
     f"{MATRIX['attention']:.1f} x {SEEN} x {WIDENED:.0f} x 7/6 = {ATTENTION:.1f} ms",
     f"{percent(ATTENTION / ms(COMPILER['attention']))} of {ms(COMPILER['attention']):.1f} ms",
-    f"{NORM_PASS:,} cycles for {N * D / 1024:,.0f} registers",
+    f"{NORM_PASS:,} cycles for {N * D / 1024:,.0f} registers of 1,024",
     f"{NORM_PASS / (N * D / 1024):.1f} cycles each",
     *(f"{limit:,.0f} of {bundles:,}" for limit, bundles in zip(PER_PROGRAM, BUNDLES)),
     f"{N * V / 1e6:.0f} million logits", f"{2 * N * V / 1e6:.0f} MB in bfloat16",
@@ -154,11 +154,11 @@ PHRASES = [
     f"{COMPILER['all-reduce']:.2f} M for the all-reduce",
     f"{COMPILER['zeroed gradients']:.2f} M for zeroed gradients",
     f"{WITHOUT_A_LINE - COMPILER['all-reduce'] - COMPILER['zeroed gradients']:.2f} M for small",
-    f"{BACKWARD_SUMS:.2f} M",
-    *(f"{a:,} x {b:,} | {windows} | {cycles:,} |" for (a, b), (windows, cycles) in ZEROING.items()),
-    f"{PER_WINDOW:,.0f} cycles for each window", f"{1 / PER_BYTE:.0f} bytes per cycle",
-    f"{big_windows} x {PER_WINDOW:,.0f} + {4 * V * D / 1e6:.1f} MB / {1 / PER_BYTE:.0f}",
-    f"{big_windows * PER_WINDOW + PER_BYTE * 4 * V * D:,.0f} cycles",
+    f"{BACKWARD_SUMS:.2f} M", f"{MATRIX['attention']:.1f} ms is no true limit",
+    *(f"{a:,} x {b:,} | {tiles} | {cycles:,} |" for (a, b), (tiles, cycles) in ZEROING.items()),
+    f"{PER_TILE:,.0f} cycles for each tile", f"{1 / PER_BYTE:.0f} bytes per cycle",
+    f"{big_tiles} x {PER_TILE:,.0f} + {4 * V * D / 1e6:.1f} MB / {1 / PER_BYTE:.0f}",
+    f"{big_tiles * PER_TILE + PER_BYTE * 4 * V * D:,.0f} cycles",
     "1,024 numbers are one vector register", "768 x 2,048 has 821 bundles",
     f"{4096 * CLOCK / MEMORY:.1f} cycles of memory time", f"{P / 1024 / 1e3:.0f} thousand",
     f"{COMPILER['gradient norm'] * 1e6 / (P / 1024):.0f} cycles",

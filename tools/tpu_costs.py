@@ -126,7 +126,7 @@ def source_line(instruction):
     has the name of the last one."""
     name = re.search(r'op_name="([^"]*)"', instruction)
     lines = re.findall(r"(\w+\.py)_(\d+)", name[1]) if name else []
-    return ":".join(lines[-1]) if lines else "moves and others without a line"
+    return ":".join(lines[-1]) if lines else "all-reduce and others without a line"
 
 
 def num_bytes(shapes):
