@@ -54,7 +54,7 @@ HANG_MINUTES = 5
 
 # The time of a step by tools/compile_for_tpu.py, in ms: {(config, kind of chip, cores): ms}.
 ESTIMATES = {(DEFAULT, "v5e", 8): 182.0, (DEFAULT, "v5e", 1): 1311.0,
-             (DEFAULT, "v6e", 8): 85.8, (DEFAULT, "v6e", 1): 618.8}
+             (DEFAULT, "v6e", 8): 83.4, (DEFAULT, "v6e", 1): 599.4}
 # A model with other values of these keys takes another time.
 DECIDE_SPEED = ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "context", "attention",
                 "batch_size", "micro_batch_size", "dtype")
