@@ -307,11 +307,11 @@ class Llama(nn.Module):
 def load_model(values, weights, source):
     """A Llama on the CPU with stored weights, for sampling and converting.
 
-    values: a dict with the keys of ModelConfig; others are ignored. weights: {name: tensor}. Raises
+    values: a dict with keys of ModelConfig; others are ignored. weights: {name: tensor}. Raises
     UserError, which names `source`, if the two do not match."""
-    keys = [entry.name for entry in dataclasses.fields(ModelConfig)]
-    config = {key: values[key] for key in keys} | {"attention": "math"}  # it runs on every device
-    model = Llama(ModelConfig(**config))
+    keys = {entry.name for entry in dataclasses.fields(ModelConfig)}
+    config = {key: value for key, value in values.items() if key in keys}
+    model = Llama(ModelConfig(**config | {"attention": "math"}))  # math runs on every device
     expected = {name: list(p.shape) for name, p in model.named_parameters()}
     if missing := expected.keys() - weights.keys():
         raise UserError(f"{source} lacks the tensor {min(missing)}")

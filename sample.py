@@ -36,7 +36,7 @@ import torch
 
 from model import KVCache, load_model
 from nanoxla import tpu
-from nanoxla.environment import mend_environment, use_one_chip
+from nanoxla.environment import check_environment, mend_environment, use_one_chip
 from nanoxla.errors import UserError, first_line, run_command
 from nanoxla.init_from import find_model, read_model
 from nanoxla.prompts import read_prompts
@@ -249,6 +249,7 @@ def open_device(wanted=None):
     import torch_xla
     import torch_xla.runtime as xr
     if xr.device_type() == "TPU":
+        check_environment()
         if held := tpu.holders():
             raise UserError(f"the TPU is in use by {tpu.describe(held)}; wait until it ends, "
                             "or add --device cpu")

@@ -108,6 +108,9 @@ class Config(ModelConfig):
             less = f" - decay_steps = {self.decay_steps}" if self.decay_steps else ""
             raise ValueError(f"warmup_steps = {self.warmup_steps} is more than "
                              f"max_steps = {self.max_steps}{less}")
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr = {self.min_lr} is more than "
+                             f"learning_rate = {self.learning_rate}")
         if self.decay_steps and self.schedule != "wsd":
             raise ValueError("decay_steps needs schedule=wsd; a cosine decays all the time")
 

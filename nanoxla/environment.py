@@ -10,6 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from nanoxla import tpu
 from nanoxla.errors import UserError
 
 REMOVED = (
@@ -44,6 +45,8 @@ def mend_environment(environment=os.environ):
         # torch_xla takes any value for yes, and then needs TPU_ACCELERATOR_TYPE. No note: `import
         # jax` sets it on every machine without a TPU.
         environment.pop("TPU_SKIP_MDS_QUERY", None)
+    if "LIBTPU_INIT_ARGS" in environment:  # importing torch_xla leaves a blank at its beginning
+        environment["LIBTPU_INIT_ARGS"] = " ".join(environment["LIBTPU_INIT_ARGS"].split())
     before = dict(environment)
     if "TPU_SKIP_MDS_QUERY" in environment:
         # It describes this host by whichever variable of a pair is there, so keep one of them.
@@ -62,11 +65,11 @@ def mend_environment(environment=os.environ):
         # `import jax` in a notebook adds this flag as true, and torch_xla's collectives may hang.
         environment["LIBTPU_INIT_ARGS"] = re.sub(
             r"(--xla_tpu_use_enhanced_launch_barrier)(=\w+)?", r"\1=false",
-            " ".join(environment["LIBTPU_INIT_ARGS"].split()))
+            environment["LIBTPU_INIT_ARGS"])
     before.pop("CLOUD_TPU_TASK_ID", None)  # no note: a libtpu in the parent process sets it
     changed = sorted(name for name in before if environment.get(name) != before[name])
     if changed:
-        print(f"note: changed in the environment, or training would fail: {', '.join(changed)}",
+        print(f"note: changed in the environment, or the command would fail: {', '.join(changed)}",
               file=sys.stderr)
 
 
@@ -100,7 +103,7 @@ def problems():
     for flag in re.findall(r"--(?:xla_tpu|megascale)\w*", os.environ.get("XLA_FLAGS", "")):
         yield (f"XLA_FLAGS has {flag}, a flag of libtpu, and XLA aborts at flags that it does not "
                "know. Unset XLA_FLAGS, or move the flag to LIBTPU_INIT_ARGS")
-    if os.environ.get("PJRT_DEVICE") == "TPU":
+    if device == "TPU" or (device is None and tpu.chips()):
         for flag in unknown_libtpu_flags(os.environ.get("LIBTPU_INIT_ARGS", "")):
             yield (f"LIBTPU_INIT_ARGS has --{flag}, which this libtpu does not know, and it exits "
                    "at such flags. Remove it: training needs none")
@@ -108,12 +111,20 @@ def problems():
 
 def unknown_libtpu_flags(arguments):
     """The flags in `arguments` whose names are not in libtpu's binary."""
-    names, spec = re.findall(r"--(\w+)", arguments), find_spec("libtpu")
-    if not names or not spec:
+    names, path = re.findall(r"--(\w+)", arguments), libtpu_path()
+    if not names or not path:
         return []
-    with Path(spec.submodule_search_locations[0], "libtpu.so").open("rb") as file:
+    with path.open("rb") as file:
         library = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return [name for name in names if library.find(b"\0" + name.encode() + b"\0") < 0]
+
+
+def libtpu_path():
+    """The libtpu that torch_xla will load, or None if it has none."""
+    if path := os.environ.get("TPU_LIBRARY_PATH"):
+        return Path(path)
+    spec = find_spec("libtpu")
+    return Path(spec.submodule_search_locations[0], "libtpu.so") if spec else None
 
 
 def use_one_chip():
@@ -123,14 +134,14 @@ def use_one_chip():
                    "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1"}
 
 
-def tune_environment(device, chip, environment=os.environ):
-    """Sets variables that make a step faster in the processes started from now on. device: "TPU" or
-    "CPU"; chip: the kind of TPU, a key of nanoxla/tpu.py's KINDS, or None."""
+def tune_environment(device, kind, environment=os.environ):
+    """Sets variables that make a step faster, in processes started and a libtpu loaded from now on.
+    device: "TPU" or "CPU"; kind: of the chips, a key of nanoxla/tpu.py's KINDS, or None."""
     if device == "CPU":
         # XLA's CPU backend allocates its buffers anew in each step. Huge memory pages make a step a
         # tenth faster. (The C library reads the variable when a process starts.)
         environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    elif chip == "v5e":  # by the same estimate, a v6e needs 3 % longer with this limit
+    elif kind == "v5e":  # by the same estimate, a v6e needs 3 % longer with this limit
         flags, name = environment.get("LIBTPU_INIT_ARGS", ""), VMEM_LIMIT.partition("=")[0]
-        if name not in flags and not unknown_libtpu_flags(VMEM_LIMIT):
+        if name not in flags and libtpu_path() and not unknown_libtpu_flags(VMEM_LIMIT):
             environment["LIBTPU_INIT_ARGS"] = f"{flags} {VMEM_LIMIT}".strip()

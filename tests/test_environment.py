@@ -92,6 +92,15 @@ def test_a_clean_environment_stays_as_it_is(capsys):
     assert mended == variables and capsys.readouterr().err == ""
 
 
+def test_what_torch_xla_sets_needs_no_note(capsys):
+    """On a TPU it adds flags to those that the variable has, and none are "", so a blank comes
+    first. tools/doctor.py then imports train.py, which mends again."""
+    variables = {"LIBTPU_INIT_ARGS": " --xla_tpu_use_enhanced_launch_barrier=false --b=1"}
+    mend_environment(variables)
+    assert variables["LIBTPU_INIT_ARGS"] == "--xla_tpu_use_enhanced_launch_barrier=false --b=1"
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", environment.REMOVED)
 def test_variables_that_break_a_run_are_removed_with_a_note(name, capsys):
     variables = {"HOME": "/root", name: "1"}
@@ -99,7 +108,7 @@ def test_variables_that_break_a_run_are_removed_with_a_note(name, capsys):
     assert variables == {"HOME": "/root"}
     # libtpu itself sets CLOUD_TPU_TASK_ID, so a note about it would come for nothing.
     note = capsys.readouterr().err
-    assert (note.endswith(f"training would fail: {name}\n") or
+    assert (note.endswith(f"the command would fail: {name}\n") or
             not note and name == "CLOUD_TPU_TASK_ID")
 
 
@@ -130,6 +139,24 @@ def test_variables_that_end_a_run_are_refused(monkeypatch, name, value, message)
         check_environment()
 
 
+def test_flags_are_checked_before_torch_xla_has_chosen_the_tpu(monkeypatch):
+    monkeypatch.delenv("PJRT_DEVICE")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_no_such_flag=1")
+    assert list(problems()) == []
+    monkeypatch.setattr(tpu, "chips", lambda: ["/dev/accel0"])
+    assert ["which this libtpu does not know" in problem for problem in problems()] == [True]
+
+
+def test_flags_are_looked_for_in_the_libtpu_that_will_be_loaded(monkeypatch, tmp_path):
+    (tmp_path / "libtpu.so").write_bytes(b"\0a_flag\0")
+    monkeypatch.setenv("TPU_LIBRARY_PATH", str(tmp_path / "libtpu.so"))
+    assert unknown_libtpu_flags("--a_flag=1 --xla_tpu_use_enhanced_launch_barrier=false") == [
+        "xla_tpu_use_enhanced_launch_barrier"]
+    variables = {}
+    tune_environment("TPU", "v5e", variables)
+    assert variables == {}
+
+
 def test_slow_variables_are_noted(monkeypatch, capsys):
     monkeypatch.setenv("XLA_HLO_DEBUG", "1")
     check_environment()
@@ -145,7 +172,7 @@ def test_train_mends_the_environment_before_it_imports_torch_xla(tiny, tmp_path)
     code, out, err = run("train.py", tiny, f"--out_dir={tmp_path}", "--max_steps=3", env={
         "PT_XLA_DEBUG": "true", "XLA_USE_EAGER_DEBUG_MODE": "1", "XLA_USE_SPMD": "1"})
     assert code == 0 and "step      3/3" in out, err
-    assert err == ("note: changed in the environment, or training would fail: PT_XLA_DEBUG, "
+    assert err == ("note: changed in the environment, or the command would fail: PT_XLA_DEBUG, "
                    "XLA_USE_EAGER_DEBUG_MODE, XLA_USE_SPMD\n")
 
 
@@ -255,6 +282,9 @@ def test_sample_says_who_holds_the_tpu_and_takes_one_chip(busy_chip, monkeypatch
     with pytest.raises(UserError, match=rf"in use by process {busy_chip.pid} .*--device cpu"):
         sample.open_device()
     assert {name: os.environ[name] for name in ONE_CHIP} == ONE_CHIP
+    os.environ["XLA_USE_BF16"] = "1"
+    with pytest.raises(UserError, match="XLA_USE_BF16 is set"):
+        sample.open_device()
     assert sample.open_device("cpu") == "cpu"
 
 
@@ -303,8 +333,8 @@ def test_a_v5e_gets_more_vmem_and_a_cpu_huge_pages(monkeypatch):
     tune_environment("TPU", "v5e", own)
     assert own == {"LIBTPU_INIT_ARGS": "--xla_tpu_scoped_vmem_limit_kib=98304"}
     assert unknown_libtpu_flags(VMEM_LIMIT) == []
-    monkeypatch.setattr(environment, "unknown_libtpu_flags", lambda flags: [flags])
-    without, on_cpu = {}, {}
-    tune_environment("TPU", "v5e", without)
+    on_cpu, without = {}, {}
     tune_environment("CPU", None, on_cpu)
+    monkeypatch.setattr(environment, "libtpu_path", lambda: None)
+    tune_environment("TPU", "v5e", without)
     assert without == {} and on_cpu == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

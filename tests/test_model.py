@@ -147,6 +147,8 @@ def test_load_model_restores_the_weights_and_refuses_others():
     weights = {name: p.detach() for name, p in model.named_parameters()}
     for name, p in load_model(values, weights, "here").named_parameters():
         assert torch.equal(p, weights[name])
+    older = {key: value for key, value in values.items() if key != "norm_eps"}  # a key added later
+    assert load_model(older, weights, "here").config.norm_eps == 1e-5
     with pytest.raises(UserError, match="here lacks the tensor norm.weight"):
         others = weights.keys() - {"norm.weight"}
         load_model(values, {name: weights[name] for name in others}, "here")

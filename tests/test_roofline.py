@@ -129,7 +129,9 @@ PHRASES = [
     f"{percent(sum(LIMIT.values()) / ms(COMPILER_SUM))} |",
     f"{sum(MATRIX.values()):.1f} / {ms(COMPILER_SUM):.1f} = "
     f"{100 * sum(MATRIX.values()) / ms(COMPILER_SUM):.1f} %",
-    f"would have {percent(sum(MATRIX.values()) / sum(LIMIT.values()))}:",
+    f"would have {percent(sum(MATRIX.values()) / sum(LIMIT.values()))}, or "
+    f"{percent(sum(MATRIX.values()) / (sum(LIMIT.values()) + ATTENTION - LIMIT['attention']))} "
+    f"with the {ATTENTION:.1f} ms that attention needs",
     f"reads {N:,} rows and writes them; backward adds {N:,} rows",
     f"{N:,} x {D} numbers = {STREAM / 1e6:.1f} MB", f"{NORMS} norms",
     f"{IN_VMEM[0]:.1f} M cycles where {IN_VMEM[1]:.1f} are the limit: "

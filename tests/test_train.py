@@ -333,6 +333,7 @@ def test_a_new_key_takes_one_line(tmp_path):
     ("--max_steps=1.5", "max_steps = '1.5', expected int"),
     ("--learning_rate=nan", "learning_rate = nan, expected more than 0"),
     ("--learning_rate=-1", "learning_rate = -1.0, expected more than 0"),
+    ("--min_lr=1", "min_lr = 1.0 is more than learning_rate ="),
     ("--beta2=1", "beta2 = 1.0, expected at least 0 and below 1"),
     ("--dtype=float16", "dtype = 'float16', expected bfloat16 or float32"),
     ("--attention=flash",

@@ -65,6 +65,7 @@ from convert_to_hf import hf_config, hf_tensors
 from data import TokenDataset
 from model import Llama, load_model, num_parameters
 from nanoxla import checkpoint, hf_directory
+from nanoxla.errors import run_command
 from nanoxla.files import fsync
 from nanoxla.processes import call_in_new_process
 from nanoxla.saver import Saver, restore
@@ -131,7 +132,7 @@ def train_with_ours(directory):
     subprocess.run([sys.executable, "train.py", DEMO, f"--data_dir={directory}",
                     f"--out_dir={out_dir}", f"--max_steps={STEPS}", "--warmup_steps=10",
                     f"--log_every={UNCOUNTED}", "--eval_every=0", "--checkpoint_every=0",
-                    "--resume=never"], check=True, capture_output=True, cwd=ROOT)
+                    "--resume=never"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(out_dir)
     return sum(row["step_ms"] * UNCOUNTED / 1e3 for row in rows if row["step"] > UNCOUNTED)
@@ -253,7 +254,7 @@ def bench_prepare(directory, runs):
         shutil.rmtree(directory / "out", ignore_errors=True)
         subprocess.run([sys.executable, ROOT / "data.py", "prepare", "--input", source,
                         "--tokenizer", tokenizer, "--out", directory / "out",
-                        "--val-fraction", "0.1"], check=True, capture_output=True)
+                        "--val-fraction", "0.1"], check=True, stdout=subprocess.DEVNULL)
         splits = read_meta(directory / "out")["splits"].values()
         assert sum(split["tokens"] for split in splits) == tokens
 
@@ -385,7 +386,7 @@ def main():
                "prepare": bench_prepare, "checkpoint": bench_checkpoint, "sample": bench_sample}
     parser = argparse.ArgumentParser(
         description="The speed of training, data, checkpoints and sampling on this machine.")
-    parser.add_argument("--runs", type=int, default=5,
+    parser.add_argument("--runs", type=int, default=5, choices=range(1, 100), metavar="N",
                         help="turns of each; the median counts (%(default)s)")
     parser.add_argument("--only", choices=benches, help="run one of them (default: all)")
     arguments = parser.parse_args()
@@ -396,4 +397,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

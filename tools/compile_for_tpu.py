@@ -17,7 +17,7 @@ to take longer than they do. docs/tpu_compiler.md compares it with measured time
   flash attention    Here the compiler has no estimate either. A kernel of flash_attention.py is a
                      program without branches: one instruction bundle a cycle, for each window and
                      each 128 lanes of heads. libtpu compiles the kernel alone, and its bundles are
-                     counted.
+                     counted, or the cycles of the busiest matrix unit, if they are more.
   all-reduce         2 (n - 1) / n x bytes / speed of a link: a ring of n chips that send in both
                      directions, with no other work meanwhile.
 
@@ -40,7 +40,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nanoxla.environment import tune_environment
+from nanoxla.environment import check_environment, mend_environment, tune_environment
 from nanoxla.errors import run_command
 from nanoxla.files import write_file
 from nanoxla.processes import call_in_new_process
@@ -72,7 +72,8 @@ def parse_arguments():
 
 
 def set_environment(kind, cores):
-    """Call it before torch_xla, jax and libtpu are imported: they read these variables once."""
+    """Sets variables of this process, if torch_xla, jax and libtpu are not imported yet, and of the
+    processes that it starts."""
     os.environ |= {
         "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(cores), "JAX_PLATFORMS": "cpu",
         "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1",  # keep the names of operations in the graphs
@@ -86,7 +87,8 @@ def set_environment(kind, cores):
 
 
 def compile_all(graphs, topology):
-    """The optimised HLO of each Graph, and its hbm_bytes. Exits with 1 if one does not compile."""
+    """Returns the optimised HLO of each Graph, and sets its hbm_bytes. Exits with 1 if one does not
+    compile."""
     from jax.errors import JaxRuntimeError
     from tpu_costs import compile_graph
 
@@ -147,6 +149,8 @@ def source(line):
 
 def main():
     arguments, overrides, kind, cores = parse_arguments()
+    mend_environment()
+    check_environment()
     set_environment(kind, cores)
     tune_environment("TPU", kind)
     chip = KINDS[kind]

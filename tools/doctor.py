@@ -1,4 +1,5 @@
-"""Is this machine fit for a run? Run this first on a new one; it takes about a minute.
+"""Is this machine fit for a run? Run this first on a new one. It takes half a minute
+on a CPU, and on a TPU some minutes, most of them compiling.
 
     python tools/doctor.py                          # for config/fwedu_124m.py
     python tools/doctor.py CONFIG [--key=value ...]

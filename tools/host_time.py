@@ -35,6 +35,7 @@ WARM_UP = 5  # steps that trace and compile, and do not count
 def host_ms(config, cores=8, steps=30):
     """The median time of train_step, in milliseconds. cores: of the real run, which decide how many
     micro-batches each of them has."""
+    train.check_batch_size(config, cores)
     micro_batches = config.batch_size // (cores * config.micro_batch_size)
     narrow = dataclasses.replace(config, vocab_size=16, dim=2 * config.n_heads, hidden_dim=8,
                                  context=8, attention="math", batch_size=micro_batches,

@@ -147,9 +147,9 @@ def kernel_cycles(config, bundles):
 
 
 def kernel_bundles(config, topology):
-    """The instruction bundles of the forward and the backward kernel of flash_attention.py, for one
-    program: a window and 128 lanes of heads. A bundle takes one cycle. If the busiest matrix unit
-    needs more cycles than that, those are returned."""
+    """The cycles of the forward and the backward kernel of flash_attention.py, for one program: a
+    window and 128 lanes of heads. A program needs a cycle for each instruction bundle, or the time
+    of the busiest matrix unit, if that is longer."""
     # libtpu learns where to dump when it is loaded, so load it in a new process.
     with tempfile.TemporaryDirectory() as directory:
         dump = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"

@@ -4,8 +4,7 @@ Both are called as in a real run, but with another torch_xla.sync. The real one 
 graph and starts it. Recorder.sync keeps the graph, and stores zeros where its results belong, so
 that train.py can continue.
 
-compile_for_tpu.py compiles the recorded graphs. Outside of tests, all uses of private interfaces of
-torch_xla and jax are in this file and in tpu_costs.py.
+compile_for_tpu.py compiles the recorded graphs.
 """
 import collections
 import contextlib
