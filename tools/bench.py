@@ -386,10 +386,12 @@ def main():
                "prepare": bench_prepare, "checkpoint": bench_checkpoint, "sample": bench_sample}
     parser = argparse.ArgumentParser(
         description="The speed of training, data, checkpoints and sampling on this machine.")
-    parser.add_argument("--runs", type=int, default=5, choices=range(1, 100), metavar="N",
+    parser.add_argument("--runs", type=int, default=5,
                         help="turns of each; the median counts (%(default)s)")
     parser.add_argument("--only", choices=benches, help="run one of them (default: all)")
     arguments = parser.parse_args()
+    if arguments.runs < 1:
+        parser.error(f"--runs {arguments.runs}: expected at least 1")
     for name, bench in benches.items():
         if arguments.only in (None, name):
             with tempfile.TemporaryDirectory() as directory:
