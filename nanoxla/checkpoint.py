@@ -93,8 +93,6 @@ def read_state(checkpoint):
         found = state["format"]
     except FileNotFoundError:
         raise UserError(f"{checkpoint} has no state.json") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
     if found != FORMAT:
@@ -111,8 +109,9 @@ def read_state(checkpoint):
 
 def verify(checkpoint, without=()):
     """Raises UserError unless the files are, byte for byte, those that were saved, except for the
-    files in `without`. If `without` is empty, there must be no other files either. Returns the
-    state."""
+    files in `without`. If `without` is empty, there must be no other files either, except hidden
+    ones, such as Jupyter's. Returns the state. Raises OSError if a file can't be read, which need
+    not be damage: a network disk may fail for a moment."""
     state = read_state(checkpoint)
     files = state["files"]
     for name in files.keys() - set(without):
@@ -121,17 +120,12 @@ def verify(checkpoint, without=()):
             raise UserError(f"{path} is missing")
         if (size := path.stat().st_size) != files[name]["bytes"]:
             raise UserError(f"{path} is damaged: {size:,} bytes, expected {files[name]['bytes']:,}")
-        try:
-            digest = sha256(path)
-        except OSError as error:
-            raise UserError(f"{path} can't be read: {error.strerror}") from None
-        if digest != files[name]["sha256"]:
+        if sha256(path) != files[name]["sha256"]:
             raise UserError(f"{path} is damaged: its content does not match the checksum in "
                             "state.json")
-    if not without:
-        foreign = {path.name for path in Path(checkpoint).iterdir()} - {"state.json", *files}
-        if foreign:
-            raise UserError(f"{Path(checkpoint, min(foreign))} is not part of the checkpoint")
+    names = {path.name for path in Path(checkpoint).iterdir() if not path.name.startswith(".")}
+    if not without and (foreign := names - {"state.json", *files}):
+        raise UserError(f"{Path(checkpoint, min(foreign))} is not part of the checkpoint")
     return state
 
 

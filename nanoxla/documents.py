@@ -42,8 +42,8 @@ def suffix_of(path):
 
 def find_inputs(inputs):
     """The files in the list `inputs`. A directory stands for all files below it that have a known
-    suffix, sorted; "-" for standard input. Raises UserError for a path that does not exist or has
-    an unknown suffix."""
+    suffix and are not hidden, sorted; "-" for standard input. Raises UserError for a path that does
+    not exist or has an unknown suffix."""
     files, passed_over = [], []
     for name in inputs:
         path = Path(name)
@@ -51,7 +51,9 @@ def find_inputs(inputs):
             files.append(STDIN)
         elif path.is_dir():
             for file in sorted(files_below(path)):
-                is_input = suffix_of(file)[0] and file.name not in NOT_DOCUMENTS
+                # .ipynb_checkpoints of Jupyter has copies, ._* of macOS are no text
+                is_hidden = any(part[0] == "." for part in file.relative_to(path).parts)
+                is_input = suffix_of(file)[0] and file.name not in NOT_DOCUMENTS and not is_hidden
                 (files if is_input else passed_over).append(file)
         elif not path.exists():
             raise UserError(f"--input {path} does not exist")

@@ -30,11 +30,15 @@ def fsync(path):
 def write_file(path, content):
     """Writes bytes to `path` atomically and durably. Returns the path."""
     temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk, make room again
+        raise
     fsync(path.parent)
     return path
 
@@ -64,6 +68,12 @@ def empty(directory):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def partial_of(directory):
+    """DIRECTORY.partial, where write_directory writes until all is there."""
+    final = Path(directory).resolve()  # "." has no name, and a symbolic link cannot be replaced
+    return final.with_name(f"{final.name}.partial")
+
+
 @contextlib.contextmanager
 def write_directory(directory, progress=None):
     """Creates `directory` atomically: yields DIRECTORY.partial to write files into, and renames it
@@ -73,8 +83,7 @@ def write_directory(directory, progress=None):
     An exception deletes DIRECTORY.partial, unless it contains a file named `progress`. What a
     killed process left there is deleted, with the same exception: then this call has to go on from
     it. That file is deleted in the end."""
-    final = Path(directory).resolve()  # "." has no name, and a symbolic link cannot be replaced
-    partial = final.with_name(f"{final.name}.partial")
+    final, partial = Path(directory).resolve(), partial_of(directory)
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
     try:
@@ -88,6 +97,7 @@ def write_directory(directory, progress=None):
             yield partial
             for path in [*partial.rglob("*"), partial]:
                 fsync(path)
+            check_unused(final, "the directory")  # or the rename would fail, without `progress`
             if progress:
                 (partial / progress).unlink(missing_ok=True)
             partial.rename(final)

@@ -73,5 +73,5 @@ def inspect(where, vocab_size=None, context=1_024, tokenizer=None, shard_format=
             print(f"WARNING: {report.out_of_vocabulary}")
     if processor:
         start = open_shards(paths[:1], shard_format)[0][:48]
-        known = [int(token) for token in start if token < processor.vocab_size()]
+        known = [int(token) for token in start if 0 <= token < processor.vocab_size()]
         print(f"{paths[0].name} begins: {processor.decode(known)!r}")

@@ -15,7 +15,15 @@ import numpy as np
 from nanoxla.documents import STDIN, find_inputs, total_size
 from nanoxla.encode import SPLITS, encode_files
 from nanoxla.errors import UserError
-from nanoxla.files import check_unused, empty, fsync, sha256, write_directory, write_file
+from nanoxla.files import (
+    check_unused,
+    empty,
+    fsync,
+    partial_of,
+    sha256,
+    write_directory,
+    write_file,
+)
 from nanoxla.progress import Progress, note
 from nanoxla.shards import MAX_VOCAB_SIZE, META_FORMAT, TOKEN_DTYPE
 from nanoxla.texts import Skipped
@@ -226,7 +234,14 @@ def prepare(inputs, tokenizer, out, vocab_size=None, val_fraction=0.005,
         raise UserError("--shard-tokens and --processes: expected at least 1")
     if shuffle_seed is not None and shuffle_seed < 0:
         raise UserError(f"--shuffle-seed {shuffle_seed}: expected at least 0")
-    files, skipped = find_inputs(inputs), Skipped(max_bad, strict)
+    own = out.resolve(), partial_of(out)
+    if not tokenizer.exists() and tokenizer.resolve().is_relative_to(own[0]):
+        raise UserError(f"--tokenizer {tokenizer} would be in --out, which has to be empty; name "
+                        "another place. --out gets a copy")
+    # --out may be below an input directory. What an earlier, killed call wrote there is no input.
+    files = [file for file in find_inputs(inputs)
+             if not any(file.resolve().is_relative_to(directory) for directory in own)]
+    skipped = Skipped(max_bad, strict)
     processor = open_or_train(tokenizer, files, vocab_size, val_fraction, text_key, skipped)
     processes = processes or len(os.sched_getaffinity(0))
     job = {"tokenizer": sha256(tokenizer), "val_fraction": val_fraction, "text_key": text_key,

@@ -529,6 +529,14 @@ def test_inspect_explains_a_mistake(tmp_path, mistake, content, options, message
     assert message.replace("DIR", str(tmp_path)) in error_in(err)
 
 
+def test_inspect_shows_the_known_ids_of_the_beginning(corpus, tmp_path, call):
+    write(tmp_path / "a.npy", b"")
+    np.save(tmp_path / "a.npy", np.array([-1, *all_ids(corpus / "out", "train")[:9], 5_000], "i4"))
+    printed, _ = call(data.main, "inspect", tmp_path / "a.npy", "--tokenizer",
+                      corpus / "tok.model")
+    assert "a.npy begins: " in printed
+
+
 def test_inspect_reports_what_is_in_the_shards(corpus):
     code, printed, err = run("data.py", "inspect", corpus / "out", "--context", 100)
     assert code == 0 and "WARNING" not in printed, err

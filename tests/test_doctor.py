@@ -93,6 +93,22 @@ def test_a_batch_that_does_not_fit(says):
     assert "batch_size = 256 is not a multiple of 1 cores" in says(FWEDU, "--micro_batch_size=7")
 
 
+def test_shards_with_a_damaged_description(tmp_path):
+    (tmp_path / "train_0.bin").write_bytes(bytes(99))
+    (tmp_path / "meta.json").write_text("{")
+    found = list(doctor.check_data(load_config(FWEDU, [f"--data_dir={tmp_path}"])))
+    assert [kind for kind, _ in found] == ["wrong", "wrong"]
+    assert "meta.json is not JSON" in found[1][1]
+
+
+def test_the_row_names_the_changes_that_decide_its_speed(monkeypatch, call):
+    monkeypatch.setattr(doctor, "check_device", lambda *_: (False, dict.fromkeys(
+        ("tokens_per_s", "mfu", "step_ms", "host_ms", "compiles", "hbm_gib"), 1.0)))
+    printed, _ = call(doctor.main, FWEDU, "--batch_size", "128", "--micro-batch-size=2",
+                      "--seed=1")
+    assert "config/fwedu_124m.py --batch_size=128 --micro_batch_size=2 (small" in printed
+
+
 def test_a_full_disk(monkeypatch, says):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2e9))
     assert says(FWEDU) == (

@@ -27,11 +27,19 @@ import train
 from model import Llama, num_parameters
 from nanoxla import checkpoint
 from nanoxla.checkpoint import list_checkpoints, state_bytes, verify
+from nanoxla.files import write_file
 from nanoxla.log import TrainingLog
 from nanoxla.saver import Saver
 from train import AdamW, Config, TracedModel, train_step
 
 # --- faults while saving ------------------------------------------------------------------------
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_file(tmp_path / "a", b"content")
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
 def obey_permissions():

@@ -103,8 +103,10 @@ def test_a_key_that_contains_a_dot_wins_over_a_nested_one(tmp_path):
 def test_a_directory_is_read_through_links_and_each_file_once(tmp_path, capsys):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "in/sub").mkdir(parents=True)
+    (tmp_path / "in/.ipynb_checkpoints").mkdir()
     for name in ("in/b.txt", "in/sub/a.txt", "in/x.xml", "in/sub/y.PDF", "in/sub/z.pdf",
-                 "elsewhere/c.txt", "in/dataset_info.json"):
+                 "elsewhere/c.txt", "in/dataset_info.json", "in/._b.txt",
+                 "in/.ipynb_checkpoints/b-checkpoint.txt"):
         (tmp_path / name).write_text(name)
     (tmp_path / "in/again").symlink_to(tmp_path / "in")
     (tmp_path / "in/a_link").symlink_to(tmp_path / "elsewhere")
@@ -113,7 +115,8 @@ def test_a_directory_is_read_through_links_and_each_file_once(tmp_path, capsys):
     assert [str(path.relative_to(tmp_path)) for path in found] == [
         "in/a_link/c.txt", "in/b.txt", "in/sub/a.txt"]
     assert capsys.readouterr().err == (
-        "note: 4 other files were passed over: .PDF, .pdf, .xml, dataset_info.json\n")
+        "note: 6 other files were passed over: .PDF, ._b.txt, .pdf, .xml, b-checkpoint.txt, "
+        "dataset_info.json\n")
 
 
 @pytest.mark.parametrize("name, mend", [
@@ -329,6 +332,38 @@ def test_after_a_failure_the_work_so_far_stays(corpus, tmp_path, call, mistake, 
     _, err = call(data.main, *arguments, "--max-bad", "0.1")
     assert "going on from" in err and read_meta(tmp_path / "out")["skipped"] == {"not JSON": 100}
     assert len(decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")) == 4_000
+
+
+def test_out_may_be_below_the_input(corpus, tmp_path, call, many_buckets, uninterrupted):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/docs.jsonl").write_bytes((corpus / "docs.jsonl").read_bytes())
+    out, partial = tmp_path / "in/out", tmp_path / "in/out.partial"
+    arguments = [*command(tmp_path, out, "--shard-tokens", "500000", source="in"),
+                 "--tokenizer", str(corpus / "tok.model")]
+    kill_when((partial / "progress.json").exists, arguments)
+    _, err = call(data.main, *arguments)
+    assert f"going on from {partial}: " in err and checksums(out) == uninterrupted[()]
+
+
+def test_a_new_tokenizer_in_out_is_refused_before_the_work(corpus, tmp_path, mistake):
+    out = tmp_path / "out"
+    _, err = mistake(data.main, *command(corpus, out), "--tokenizer", out / "new.model",
+                     "--vocab-size", "300")
+    assert "new.model would be in --out, which has to be empty" in err and not out.exists()
+
+
+def test_a_file_that_appears_in_out_costs_no_work(corpus, tmp_path, call, mistake, monkeypatch):
+    monkeypatch.setattr("nanoxla.prepare.SAVE_SECONDS", 0)
+    out, arguments = tmp_path / "out", command(corpus, tmp_path / "out")
+    monkeypatch.setattr("nanoxla.prepare.check_unused", lambda *_: None)
+    out.mkdir()
+    (out / "notes.txt").touch()
+    _, err = mistake(data.main, *arguments)
+    assert f"{out} exists and is not an empty directory" in err and "same command goes on" in err
+    (out / "notes.txt").unlink()
+    _, err = call(data.main, *arguments)
+    assert "going on from" in err
+    assert_complete(out)
 
 
 def test_another_job_begins_anew(corpus, tmp_path, call, many_buckets, uninterrupted):

@@ -1,5 +1,6 @@
 """Resuming: a run ends with the same bytes as one that nothing interrupted."""
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from kill_and_resume import kill_and_resume, outcome
 
 import train
 from nanoxla import checkpoint
-from nanoxla.checkpoint import list_checkpoints, state_bytes
+from nanoxla.checkpoint import list_checkpoints, read_state, state_bytes
 from nanoxla.errors import UserError
 from nanoxla.resume import checkpoint_to_resume
 
@@ -137,6 +138,22 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     assert expected in warning
     assert "renamed to step_00000012.set_aside, continuing from the previous one" in warning
     assert damaged.with_name("step_00000012.set_aside").exists()
+
+
+def test_a_checkpoint_that_is_whole_is_not_set_aside(tiny, uninterrupted, tmp_path, monkeypatch):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    (newest / ".ipynb_checkpoints").mkdir()  # Jupyter does that when state.json is opened
+    config = dataclasses.replace(train.load_config(tiny), out_dir=str(tmp_path / "run"))
+    fingerprint = read_state(newest)["data_sha256"]
+    assert checkpoint_to_resume(config, fingerprint) == newest
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+    monkeypatch.setattr(checkpoint, "sha256", fail)  # as on a network disk
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoint_to_resume(config, fingerprint)
+    assert list_checkpoints(tmp_path / "run")[-1] == newest
 
 
 def test_if_every_checkpoint_is_damaged_nothing_is_overwritten(tiny, uninterrupted, tmp_path,

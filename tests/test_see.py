@@ -60,6 +60,7 @@ def test_the_three_curves_of_a_run(tmp_path, call, picture, capsys):
 def test_several_runs_over_tokens(tmp_path, call, mistake, picture):
     runs = [write_run(tmp_path / name) for name in "abc"]
     assert "name the picture with --out" in mistake(plot.main, *runs)[1]
+    assert f"{tmp_path} is a directory" in mistake(plot.main, *runs, "--out", tmp_path)[1]
     call(plot.main, *runs, "--tokens", "--out", tmp_path / "picture.png")
     loss, _, norm = picture().axes
     assert list(loss.lines[0].get_xdata())[:2] == [1_000, 2_000]

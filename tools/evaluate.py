@@ -37,6 +37,7 @@ QUOTED = {("hellaswag", "acc_norm"): ("27.51 %", "31.14 %"),
           ("sciq", "acc_norm"): ("59.70 %", "64.40 %"),
           ("wikitext", "word_perplexity"): ("88.01", "37.37")}
 SHARES = "acc", "acc_norm", "exact_match", "f1"  # metrics that are shown in per cent
+COLUMNS = "task", "metric", "value", "stderr", "items"  # of evaluation.json
 MARK = "| evaluated |"  # the first cells of a row in a model card
 
 
@@ -74,8 +75,8 @@ def run_harness(directory, tasks, arguments):
     with tempfile.TemporaryDirectory() as output:
         command = [harness_python(), "-m", "lm_eval", "--model", "hf", "--tasks", ",".join(tasks),
                    "--model_args", f"pretrained={directory},dtype=float32{flags}",
-                   "--batch_size", arguments.batch_size, "--device", arguments.device,
-                   "--output_path", output]
+                   "--num_fewshot", 0, "--batch_size", arguments.batch_size,
+                   "--device", arguments.device, "--output_path", output]
         if arguments.limit:
             command += ["--limit", arguments.limit]
         if arguments.include_path:
@@ -159,9 +160,8 @@ def main():
         chosen = [task for task in tasks if rated_as_a_whole(task) == kind]
         if chosen:
             rows += rows_of(run_harness(directory, chosen, arguments))
-    names = "task", "metric", "value", "stderr", "items"
-    content = json.dumps([dict(zip(names, row)) for row in rows], indent=1)
-    write_file(directory / "evaluation.json", content.encode() + b"\n")
+            content = json.dumps([dict(zip(COLUMNS, row)) for row in rows], indent=1)
+            write_file(directory / "evaluation.json", content.encode() + b"\n")
     print_table(rows)
     print(f"written to {directory}/evaluation.json")
     card = directory / "README.md"

@@ -49,7 +49,7 @@ def tensorboard_writer(run, config):
     except ImportError:
         raise UserError("TensorBoard's files need its package: pip install tensorboard") from None
     out = Path(run, "tensorboard")
-    check_unused(out, "the output")
+    check_unused(out, "an earlier export,")
     writer = SummaryWriter(out)
     writer.add_text("config", "\n".join(f"    {key} = {config[key]!r}" for key in config))
 
@@ -88,6 +88,8 @@ def main():
     path = metrics_path(run)
     checkpoints = list_checkpoints(run)
     config = read_state(checkpoints[-1])["config"] if checkpoints else {}
+    if not config:
+        print("note: without the config, since the run has no checkpoint yet", file=sys.stderr)
     writers = {"tensorboard": tensorboard_writer, "wandb": wandb_writer}
     write, close = writers[arguments.to](run, config)
     exported, count = {}, 0

@@ -185,6 +185,8 @@ def main():
     if len(runs) > len(COLORS) or (len(runs) > 1 and not arguments.out):
         parser.error(f"several runs: at most {len(COLORS)}, and name the picture with --out")
     out = arguments.out or Path(runs[0], "loss.png")
+    if out.is_dir():
+        parser.error(f"--out {out} is a directory; name a PNG file")
     for run in runs if arguments.watch is not None else ():
         wait_for_rows(run, arguments.watch)
     while True:
