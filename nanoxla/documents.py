@@ -40,10 +40,10 @@ def suffix_of(path):
     return (os.path.splitext(stem)[1], last) if last in (".gz", ".zst") else (last, "")
 
 
-def find_inputs(inputs):
+def find_inputs(inputs, without=()):
     """The files in the list `inputs`. A directory stands for all files below it that have a known
-    suffix and are not hidden, sorted; "-" for standard input. Raises UserError for a path that does
-    not exist or has an unknown suffix."""
+    suffix and are not hidden, sorted; those below the directories `without` are ignored. "-" stands
+    for standard input. Raises UserError for a path that does not exist or has an unknown suffix."""
     files, passed_over = [], []
     for name in inputs:
         path = Path(name)
@@ -51,10 +51,9 @@ def find_inputs(inputs):
             files.append(STDIN)
         elif path.is_dir():
             for file in sorted(files_below(path)):
-                # .ipynb_checkpoints of Jupyter has copies, ._* of macOS are no text
-                is_hidden = any(part[0] == "." for part in file.relative_to(path).parts)
-                is_input = suffix_of(file)[0] and file.name not in NOT_DOCUMENTS and not is_hidden
-                (files if is_input else passed_over).append(file)
+                if not any(file.resolve().is_relative_to(directory) for directory in without):
+                    is_input = suffix_of(file)[0] and file.name not in NOT_DOCUMENTS
+                    (files if is_input else passed_over).append(file)
         elif not path.exists():
             raise UserError(f"--input {path} does not exist")
         elif not suffix_of(path)[0]:
@@ -74,8 +73,9 @@ def find_inputs(inputs):
 
 
 def files_below(directory):
-    """Yields the files below a directory, each once, and those below symbolic links to
-    directories."""
+    """Yields the files below a directory, each once, and those below symbolic links to directories.
+    Leaves out what is hidden: .ipynb_checkpoints of Jupyter has copies, ._* of macOS are no
+    text."""
     pending, seen = [directory], set()
     for start in pending:  # it grows: links come last, so that a file is found under its own name
         for folder, folders, names in os.walk(start):
@@ -83,9 +83,10 @@ def files_below(directory):
                 folders.clear()
                 continue
             seen.add(real)
+            folders[:] = [name for name in folders if not name.startswith(".")]
             below = [os.path.join(folder, name) for name in sorted(folders)]
             pending += filter(os.path.islink, below)
-            yield from (Path(folder, name) for name in names)
+            yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 def total_size(files):

@@ -43,10 +43,15 @@ def write_file(path, content):
     return path
 
 
+def is_used(path):
+    """Whether `path` exists and is not an empty directory."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
 def check_unused(directory, option):
     """Raises UserError unless write_directory can create `directory`, which the user gave as
     `option`. Called before the work that would otherwise be lost."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if is_used(directory):
         raise UserError(f"{option} {directory} exists and is not an empty directory; "
                         "name a new one, or delete it first")
 
@@ -97,7 +102,9 @@ def write_directory(directory, progress=None):
             yield partial
             for path in [*partial.rglob("*"), partial]:
                 fsync(path)
-            check_unused(final, "the directory")  # or the rename would fail, without `progress`
+            if is_used(final):  # or the rename would fail, after `progress` is gone
+                raise UserError(f"{final} is no longer empty. Delete what is there, and run the "
+                                "same command again")
             if progress:
                 (partial / progress).unlink(missing_ok=True)
             partial.rename(final)
@@ -117,6 +124,9 @@ def sha256(path):
     """The SHA-256 checksum of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        try:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        except OSError as error:  # of reading; unlike that of opening, it does not name the file
+            raise OSError(error.errno, error.strerror, str(path)) from None
     return digest.hexdigest()

@@ -238,10 +238,8 @@ def prepare(inputs, tokenizer, out, vocab_size=None, val_fraction=0.005,
     if not tokenizer.exists() and tokenizer.resolve().is_relative_to(own[0]):
         raise UserError(f"--tokenizer {tokenizer} would be in --out, which has to be empty; name "
                         "another place. --out gets a copy")
-    # --out may be below an input directory. What an earlier, killed call wrote there is no input.
-    files = [file for file in find_inputs(inputs)
-             if not any(file.resolve().is_relative_to(directory) for directory in own)]
-    skipped = Skipped(max_bad, strict)
+    # --out may be below an input directory. What a killed call has left there is no input.
+    files, skipped = find_inputs(inputs, without=own), Skipped(max_bad, strict)
     processor = open_or_train(tokenizer, files, vocab_size, val_fraction, text_key, skipped)
     processes = processes or len(os.sched_getaffinity(0))
     job = {"tokenizer": sha256(tokenizer), "val_fraction": val_fraction, "text_key": text_key,

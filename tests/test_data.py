@@ -530,11 +530,12 @@ def test_inspect_explains_a_mistake(tmp_path, mistake, content, options, message
 
 
 def test_inspect_shows_the_known_ids_of_the_beginning(corpus, tmp_path, call):
-    write(tmp_path / "a.npy", b"")
-    np.save(tmp_path / "a.npy", np.array([-1, *all_ids(corpus / "out", "train")[:9], 5_000], "i4"))
+    ids = all_ids(corpus / "out", "train")[:9].tolist()
+    np.save(tmp_path / "a.npy", np.array([-1, *ids, 5_000], "i4"))
     printed, _ = call(data.main, "inspect", tmp_path / "a.npy", "--tokenizer",
                       corpus / "tok.model")
-    assert "a.npy begins: " in printed
+    text = sentencepiece.SentencePieceProcessor(model_file=str(corpus / "tok.model")).decode(ids)
+    assert text and f"a.npy begins: {text!r}" in printed
 
 
 def test_inspect_reports_what_is_in_the_shards(corpus):

@@ -103,20 +103,21 @@ def test_a_key_that_contains_a_dot_wins_over_a_nested_one(tmp_path):
 def test_a_directory_is_read_through_links_and_each_file_once(tmp_path, capsys):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "in/sub").mkdir(parents=True)
-    (tmp_path / "in/.ipynb_checkpoints").mkdir()
+    (tmp_path / "in/.hidden").mkdir()
+    (tmp_path / "in/.store").mkdir()
     for name in ("in/b.txt", "in/sub/a.txt", "in/x.xml", "in/sub/y.PDF", "in/sub/z.pdf",
                  "elsewhere/c.txt", "in/dataset_info.json", "in/._b.txt",
-                 "in/.ipynb_checkpoints/b-checkpoint.txt"):
+                 "in/.hidden/not_this.txt", "in/.store/d.txt"):
         (tmp_path / name).write_text(name)
     (tmp_path / "in/again").symlink_to(tmp_path / "in")
     (tmp_path / "in/a_link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in/also").symlink_to(tmp_path / "in/sub")
+    (tmp_path / "in/texts").symlink_to(tmp_path / "in/.store")
     found = find_inputs([tmp_path / "in"])
     assert [str(path.relative_to(tmp_path)) for path in found] == [
-        "in/a_link/c.txt", "in/b.txt", "in/sub/a.txt"]
+        "in/a_link/c.txt", "in/b.txt", "in/sub/a.txt", "in/texts/d.txt"]
     assert capsys.readouterr().err == (
-        "note: 6 other files were passed over: .PDF, ._b.txt, .pdf, .xml, b-checkpoint.txt, "
-        "dataset_info.json\n")
+        "note: 4 other files were passed over: .PDF, .pdf, .xml, dataset_info.json\n")
 
 
 @pytest.mark.parametrize("name, mend", [
@@ -359,7 +360,7 @@ def test_a_file_that_appears_in_out_costs_no_work(corpus, tmp_path, call, mistak
     out.mkdir()
     (out / "notes.txt").touch()
     _, err = mistake(data.main, *arguments)
-    assert f"{out} exists and is not an empty directory" in err and "same command goes on" in err
+    assert f"{out} is no longer empty" in err and "same command goes on" in err
     (out / "notes.txt").unlink()
     _, err = call(data.main, *arguments)
     assert "going on from" in err

@@ -1,6 +1,7 @@
 """Resuming: a run ends with the same bytes as one that nothing interrupted."""
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from kill_and_resume import kill_and_resume, outcome
 import train
 from nanoxla import checkpoint
 from nanoxla.checkpoint import list_checkpoints, read_state, state_bytes
-from nanoxla.errors import UserError
+from nanoxla.errors import UserError, user_message
 from nanoxla.resume import checkpoint_to_resume
 
 # --- resuming -----------------------------------------------------------------------------------
@@ -148,11 +149,13 @@ def test_a_checkpoint_that_is_whole_is_not_set_aside(tiny, uninterrupted, tmp_pa
     fingerprint = read_state(newest)["data_sha256"]
     assert checkpoint_to_resume(config, fingerprint) == newest
 
-    def fail(path):
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-    monkeypatch.setattr(checkpoint, "sha256", fail)  # as on a network disk
-    with pytest.raises(OSError, match="Input/output error"):
+    class NetworkFile(io.BytesIO):
+        def read(self, size):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr("nanoxla.files.open", lambda *_: NetworkFile(), raising=False)
+    with pytest.raises(OSError, match="Input/output error") as failure:
         checkpoint_to_resume(config, fingerprint)
+    assert user_message(failure.value).startswith(f"error: {newest}/")
     assert list_checkpoints(tmp_path / "run")[-1] == newest
 
 

@@ -105,7 +105,7 @@ Q_LIMIT = Q_FORWARD[0] / PEAK * CLOCK
 WEIGHTS = 1e3 * 16 * num_parameters(c)[1] / MEMORY  # read and written with the products, ms
 SMALL_BATCH = flops(D, D, T) / product_bytes(D, D, T)
 (big_tiles, big), (_, wide), (_, square) = ZEROING.values()
-PER_BYTE = (wide - square) / (4 * (D * M - D * D))  # cycles, from the two that are one window
+PER_BYTE = (wide - square) / (4 * (D * M - D * D))  # cycles, from the two that are one tile
 PER_TILE = wide - PER_BYTE * 4 * D * M
 
 PHRASES = [

@@ -127,7 +127,7 @@ def test_tensorboard(tmp_path, call, mistake):
     assert [step for step, _ in read] == [1, 2, *range(4, 41)]
     assert [value for _, value in read] == pytest.approx([8 / step for step, _ in read])
     assert [event.step for event in events.Scalars("val_loss")] == [10, 20, 30, 40]
-    assert "exists and is not an empty directory" in mistake(
+    assert "has an earlier export; delete it first" in mistake(
         export_metrics.main, directory, "--to", "tensorboard")[1]
 
 

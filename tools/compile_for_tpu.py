@@ -40,8 +40,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nanoxla.environment import check_environment, mend_environment, tune_environment
-from nanoxla.errors import run_command
+from nanoxla.environment import mend_environment, problems, tune_environment
+from nanoxla.errors import UserError, run_command
 from nanoxla.files import write_file
 from nanoxla.processes import call_in_new_process
 from nanoxla.progress import Progress
@@ -73,7 +73,8 @@ def parse_arguments():
 
 def set_environment(kind, cores):
     """Sets variables of this process, if torch_xla, jax and libtpu are not imported yet, and of the
-    processes that it starts."""
+    processes that it starts. Raises UserError for a variable that would change the graphs."""
+    mend_environment()
     os.environ |= {
         "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(cores), "JAX_PLATFORMS": "cpu",
         "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1",  # keep the names of operations in the graphs
@@ -82,6 +83,8 @@ def set_environment(kind, cores):
         "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "LIBTPU_INIT_ARGS": "--xla_tpu_use_enhanced_launch_barrier=false"}  # torch_xla's first flag
+    for problem in problems():
+        raise UserError(problem)
     import torch_xla
     torch_xla._setup_libtpu_flags()  # adds the others that it sets on this kind of chip
 
@@ -149,8 +152,6 @@ def source(line):
 
 def main():
     arguments, overrides, kind, cores = parse_arguments()
-    mend_environment()
-    check_environment()
     set_environment(kind, cores)
     tune_environment("TPU", kind)
     chip = KINDS[kind]

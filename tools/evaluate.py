@@ -142,6 +142,16 @@ def add_to_card(path, rows):
     write_file(path, ("\n".join(lines) + "\n").encode())
 
 
+def report(directory, rows):
+    content = json.dumps([dict(zip(COLUMNS, row)) for row in rows], indent=1)
+    write_file(directory / "evaluation.json", content.encode() + b"\n")
+    print_table(rows)
+    print(f"written to {directory}/evaluation.json")
+    card = directory / "README.md"
+    if card.is_file():
+        add_to_card(card, rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Rate a model by lm-evaluation-harness.")
     add = parser.add_argument
@@ -156,17 +166,14 @@ def main():
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} has no tokenizer.json, and the harness rates texts")
     tasks, rows = arguments.tasks.split(","), []
-    for kind in (False, True):  # each kind with its own flags
-        chosen = [task for task in tasks if rated_as_a_whole(task) == kind]
-        if chosen:
-            rows += rows_of(run_harness(directory, chosen, arguments))
-            content = json.dumps([dict(zip(COLUMNS, row)) for row in rows], indent=1)
-            write_file(directory / "evaluation.json", content.encode() + b"\n")
-    print_table(rows)
-    print(f"written to {directory}/evaluation.json")
-    card = directory / "README.md"
-    if card.is_file():
-        add_to_card(card, rows)
+    try:
+        for kind in (False, True):  # each kind with its own flags
+            chosen = [task for task in tasks if rated_as_a_whole(task) == kind]
+            if chosen:
+                rows += rows_of(run_harness(directory, chosen, arguments))
+    finally:  # if the second kind fails, the hours of the first are not lost
+        if rows:
+            report(directory, rows)
 
 
 if __name__ == "__main__":

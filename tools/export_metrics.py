@@ -19,7 +19,7 @@ from plot import metrics_path, parse_rows, wait_for_rows
 
 from nanoxla.checkpoint import list_checkpoints, read_state
 from nanoxla.errors import UserError, run_command
-from nanoxla.files import check_unused
+from nanoxla.files import is_used
 from nanoxla.lock import holder
 
 POLL = 5  # seconds between two looks for new rows
@@ -49,7 +49,8 @@ def tensorboard_writer(run, config):
     except ImportError:
         raise UserError("TensorBoard's files need its package: pip install tensorboard") from None
     out = Path(run, "tensorboard")
-    check_unused(out, "an earlier export,")
+    if is_used(out):
+        raise UserError(f"{out} has an earlier export; delete it first")
     writer = SummaryWriter(out)
     writer.add_text("config", "\n".join(f"    {key} = {config[key]!r}" for key in config))
 
